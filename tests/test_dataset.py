@@ -1,0 +1,129 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from conftest import photograph, save, shrunk
+
+import slice_images_w_overlapping
+from dataset import CropSampler, Draw, PairedTiles, canny, draw_colours, split
+from tiles import HR, LR, TEST, TRAINING, PictureError, read_picture
+
+
+def test_canny_is_scikit_images():
+    picture = photograph(0, 80)
+    expected = skimage.feature.canny(skimage.color.rgb2gray(picture), sigma=2)
+    assert (canny(picture) == expected).all() and expected.any()
+
+
+def test_whole_pictures_are_held_out(sliced):
+    names, held_out = split(sliced, 4)
+    assert len(held_out) == 1 and len(names) == 3  # a quarter of four at most
+    assert not set(names) & set(held_out)
+    for name, (lr, hr) in held_out.items():
+        assert lr.name == f"image_600px_{name}.png" and hr.name == f"image_2400px_{name}.png"
+    assert split(sliced, 0) == (sorted([*names, *held_out]), {})
+
+
+def test_crops_of_lr_and_hr_show_the_same_place(sliced):
+    names, _ = split(sliced, 0)
+    dataset = PairedTiles(sliced, names, 24)
+    for draws in islice(CropSampler(len(dataset), 4, (16, 24), seed=1), 4):
+        for draw in draws:
+            item = dataset[draw]
+            lr, hr = (item[kind].permute(1, 2, 0).numpy() for kind in ("lr", "hr"))
+            assert lr.shape == (draw.size, draw.size, 3)
+            inner = (slice(2, -2), slice(2, -2))
+            difference = shrunk(hr)[inner].astype(int) - lr[inner]
+            assert np.abs(difference).mean() < 1
+
+
+@pytest.mark.parametrize("edges", [(), ("lr",), ("lr", "hr")])
+def test_colours_change_alike_in_lr_and_hr(sliced, edges):
+    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, colour=True, edges=edges)
+    for position in range(40):
+        item = dataset[Draw(0, 16, (0, position))]
+        lr, hr = (item[kind].permute(1, 2, 0).numpy() for kind in ("lr", "hr"))
+        difference = shrunk(hr)[2:-2, 2:-2].astype(int) - lr[2:-2, 2:-2]
+        assert np.abs(difference).mean() < 4 and np.abs(difference.mean()) < 1.5
+
+
+def test_each_colour_change_comes_every_other_time():
+    rng = np.random.default_rng(0)
+    drawn = [change for _ in range(400) for change, _ in draw_colours(rng)]
+    counts = [drawn.count(change) for change in set(drawn)]
+    assert len(counts) == 4 and all(160 < count < 240 for count in counts)
+
+
+def test_edges_are_those_of_the_whole_tile(sliced):
+    names, _ = split(sliced, 0)
+    dataset = PairedTiles(sliced, names, 24, edges=("lr", "hr"))
+    whole = canny(read_picture(dataset.pairs[0][1]))
+    for position in range(4):
+        item = dataset[Draw(0, 24, (0, position))]
+        assert item["lr_edges"].shape == (1, 24, 24) and item["hr_edges"].shape == (1, 96, 96)
+        assert set(np.unique(item["hr_edges"])) <= {0, 1}
+        assert _found(item["hr_edges"][0].numpy(), whole)
+
+
+def _found(crop: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether a crop, turned or mirrored, lies at a multiple of 4 in `whole`; a few misses pass."""
+    for flipped in (crop, crop[:, ::-1]):
+        for turns in range(4):
+            candidate = np.rot90(flipped, turns)
+            for top in range(0, whole.shape[0] - 95, 4):
+                for left in range(0, whole.shape[1] - 95, 4):
+                    if (whole[top : top + 96, left : left + 96] != candidate).mean() < 0.005:
+                        return True
+    return False
+
+
+def test_the_same_draw_gives_the_same_crop(sliced):
+    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, colour=True, edges=("lr",))
+    first, second = (dataset[Draw(3, 20, (0, 7))] for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_sampler_draws_every_tile_once_an_epoch_with_one_size_a_batch():
+    batches = list(islice(CropSampler(12, 4, (16, 40), seed=0), 6))
+    for epoch in (batches[:3], batches[3:]):
+        assert sorted(draw.tile for batch in epoch for draw in batch) == list(range(12))
+    assert all(len({draw.size for draw in batch}) == 1 for batch in batches)
+    sizes = {batch[0].size for batch in islice(CropSampler(12, 4, (16, 40), seed=0), 300)}
+    assert min(sizes) == 16 and max(sizes) == 40
+
+
+def test_sampler_goes_on_where_it_stopped():
+    whole = list(islice(CropSampler(7, 4, (16, 40), seed=0), 6))
+    assert list(islice(CropSampler(7, 4, (16, 40), seed=0, start=2), 4)) == whole[2:]
+
+
+def test_processes_share_a_batch():
+    whole = list(islice(CropSampler(7, 4, (16, 40), seed=0), 5))
+    shares = [
+        list(islice(CropSampler(7, 2, (16, 40), seed=0, rank=rank, world=2), 5)) for rank in (0, 1)
+    ]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole
+
+
+def test_crops_larger_than_the_tiles_are_refused(sliced):
+    with pytest.raises(PictureError, match=r"0000_01_01\.png.*--tiles"):
+        PairedTiles(sliced, ["0000"], 64)
+
+
+def test_missing_tiles_are_refused(tmp_path):
+    with pytest.raises(PictureError, match="slice_images_w_overlapping"):
+        PairedTiles(tmp_path, [], 24)
+
+
+def test_non_square_grids_pair_rows_with_rows(tmp_path):
+    hr = photograph(1)[:192, :384]
+    save(tmp_path / TRAINING / HR, "wide.png", hr)
+    (tmp_path / TEST).mkdir()
+    slice_images_w_overlapping.main(["--root", str(tmp_path), "--tiles", "2"])
+    dataset = PairedTiles(tmp_path, ["wide"], 24)
+    assert [(a.name, b.name) for a, b in dataset.pairs] == [
+        (f"wide_{at}.png", f"wide_{at}.png") for at in ("01_01", "01_02", "02_01", "02_02")
+    ]
+    assert (tmp_path / TRAINING / LR / "wide.png").exists()

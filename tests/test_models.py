@@ -1,0 +1,193 @@
+import pytest
+import torch
+
+import models
+from models import (
+    Discriminator,
+    EdgeDiscriminator,
+    EdgeGenerator,
+    Generator,
+    SRResNet,
+    WeightError,
+    load_network,
+    save_network,
+)
+
+
+def edge_generator_keys() -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the published EdgeModel_gen.pth."""
+    encoder = {1: (64, 4, 7, 7), 4: (128, 64, 4, 4), 7: (256, 128, 4, 4)}
+    decoder = {0: (256, 128, 4, 4), 3: (128, 64, 4, 4)}
+    normed = {f"encoder.{i}": (shape, shape[0], True) for i, shape in encoder.items()}
+    normed |= {f"decoder.{i}": (shape, shape[1], True) for i, shape in decoder.items()}
+    for block in range(8):
+        for i in (1, 5):
+            normed[f"middle.{block}.conv_block.{i}"] = ((256, 256, 3, 3), 256, False)
+    keys = {"decoder.7.weight": (1, 64, 7, 7), "decoder.7.bias": (1,)}
+    for name, (shape, out, bias) in normed.items():
+        flat = 1
+        for n in shape:
+            flat *= n
+        keys |= {f"{name}.weight_orig": shape, f"{name}.weight_u": (out,)}
+        keys[f"{name}.weight_v"] = (flat // out,)
+        if bias:
+            keys[f"{name}.bias"] = (out,)
+    return keys
+
+
+def generator_keys() -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the published SRModel_gen.pth."""
+    keys: dict[str, tuple[int, ...]] = {}
+
+    def conv(name, out, into, size):
+        keys.update({f"{name}.weight": (out, into, size, size), f"{name}.bias": (out,)})
+
+    def norm(name, channels):
+        keys.update({f"{name}.{k}": (channels,) for k in ("weight", "bias", "running_mean")})
+        keys.update({f"{name}.running_var": (channels,), f"{name}.num_batches_tracked": ()})
+
+    def block(name, channels):
+        for i in (1, 2):
+            conv(f"{name}.conv{i}", channels, channels, 3)
+            norm(f"{name}.bn{i}", channels)
+        keys[f"{name}.prelu.weight"] = (1,)
+
+    conv("conv1", 64, 3, 9)
+    for i in range(1, 21):
+        block(f"residual_block{i}", 64)
+    conv("conv2", 64, 64, 3)
+    norm("bn2", 64)
+    for i in (1, 2):
+        conv(f"upsample{i}.conv", 256, 64, 3)
+        keys[f"upsample{i}.prelu.weight"] = (1,)
+    conv("conv3", 128, 65, 3)
+    for i in range(1, 6):
+        block(f"residual_block_edges{i}", 128)
+    conv("conv4", 128, 128, 3)
+    norm("bn4", 128)
+    conv("conv5", 3, 128, 9)
+    keys["prelu.weight"] = (1,)
+    return keys
+
+
+def shapes(network):
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def test_names_and_shapes_are_the_published_ones():
+    assert shapes(EdgeGenerator()) == edge_generator_keys()
+    assert shapes(Generator()) == generator_keys()
+
+
+@pytest.mark.parametrize(
+    ("network", "millions"), [(EdgeGenerator, 10.76), (Generator, 3.56), (Discriminator, 4.69)]
+)
+def test_sizes_are_the_original_ones(network, millions):
+    count = sum(parameter.numel() for parameter in network().parameters())
+    assert round(count / 1e6, 2) == millions
+
+
+def test_published_files_load_as_they_are(tmp_path):
+    edges, pictures = EdgeGenerator(), Generator()
+    torch.save({"iteration": 7, "generator": edges.state_dict()}, tmp_path / "edges.pth")
+    optimizer = torch.optim.Adam(pictures.parameters())
+    content = {
+        "epoch": 3,
+        "state_dict": pictures.state_dict(),
+        "optim_dict": optimizer.state_dict(),
+    }
+    torch.save(content, tmp_path / "pictures.pth")
+    for name, network in {"edges": edges, "pictures": pictures}.items():
+        loaded = load_network(tmp_path / f"{name}.pth")
+        assert type(loaded) is type(network)
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(value, network.state_dict()[key])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        EdgeGenerator(4, 2),
+        EdgeDiscriminator(4),
+        SRResNet(8, 3),
+        Generator(8, 4),
+        Discriminator(4),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_own_files_rebuild_the_network(tmp_path, network):
+    save_network(network, tmp_path / "a.pth")
+    loaded = load_network(tmp_path / "a.pth")
+    assert type(loaded) is type(network) and loaded.arguments == network.arguments
+    for key, value in network.state_dict().items():
+        assert torch.allclose(loaded.state_dict()[key], value, rtol=1e-3, atol=1e-6)
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("code of a stranger ran",))
+
+
+def test_bad_files_are_named_and_code_in_them_not_run(tmp_path, capsys):
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"state_dict": Code()}, tmp_path / "code.pth")
+    torch.save({"unknown": 1}, tmp_path / "other.pth")
+    torch.save({"state_dict": SRResNet(4, 1).state_dict()}, tmp_path / "unfit.pth")
+    for name in ("text", "code", "other", "unfit"):
+        with pytest.raises(WeightError, match=f"{name}.pth"):
+            load_network(tmp_path / f"{name}.pth")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_pictures_and_edges_become_four_times_as_large():
+    lr, lr_edges = torch.rand(2, 3, 12, 20), torch.zeros(2, 1, 12, 20)
+    hr_edges = EdgeGenerator(4, 1)(lr, lr_edges)
+    assert hr_edges.shape == (2, 1, 48, 80)
+    assert hr_edges.min() >= 0 and hr_edges.max() <= 1
+    for sr in (SRResNet(8, 2)(lr * 2 - 1), Generator(8, 4)(lr * 2 - 1, hr_edges * 2 - 1)):
+        assert sr.shape == (2, 3, 48, 80)
+        assert sr.abs().max() <= 1
+
+
+def test_discriminators_answer():
+    hr, edges = torch.rand(2, 3, 64, 96), torch.rand(2, 1, 64, 96)
+    answers = Discriminator(4)(hr * 2 - 1)
+    assert answers.shape == (2,) and ((answers > 0) & (answers < 1)).all()
+    scores, features = EdgeDiscriminator(4)(hr, edges)
+    assert [f.shape[1] for f in features] == [4, 8, 16, 32, 1]
+    assert torch.equal(scores, features[-1])
+
+
+def test_generator_starts_as_its_trunk():
+    torch.manual_seed(0)
+    trunk = SRResNet(8, 4).eval()
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    generator = Generator.from_trunk(trunk).eval()
+    lr, edges = torch.rand(1, 3, 10, 10) * 2 - 1, torch.rand(1, 1, 40, 40) * 2 - 1
+    assert torch.allclose(generator(lr, edges), trunk(lr), atol=1e-5)
+    assert generator.state_dict().keys() == Generator(8, 4).state_dict().keys()
+
+
+def test_edges_matter_once_trained():
+    torch.manual_seed(0)
+    generator = Generator(8, 4).eval()
+    lr = torch.rand(1, 3, 10, 10) * 2 - 1
+    dark, light = generator(lr, -torch.ones(1, 1, 40, 40)), generator(lr, torch.ones(1, 1, 40, 40))
+    assert not torch.allclose(dark, light)
+
+
+def test_an_interrupted_save_keeps_the_old_weights(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    save_network(Discriminator(4), path)
+    before = path.read_bytes()
+
+    def half(content, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models.torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_network(Discriminator(4), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
