@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="holds TestSet/")
     parser.add_argument("--tiles", type=int, default=6, help="as the pictures were sliced")
     parser.add_argument("--pad", type=int, default=8, help="as the pictures were sliced")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
     options = parser.parse_args(argv)
     if not options.root.is_dir():
         parser.error(f"--root: there is no folder {options.root}")

@@ -16,6 +16,8 @@ from dataset import to_tensor
 from models import WeightError, load_file
 from tiles import SCALE
 
+EDGE_WEIGHT = 4  # edges are few, and rarely certain to the pixel
+
 # Figures --------------------------------------------------------------------------------------
 
 
@@ -83,11 +85,15 @@ def judge_picture(lr: np.ndarray, hr: np.ndarray, sr: np.ndarray) -> dict[str, f
         lr, hr, sr: `(H, W, 3)`, `(4H, 4W, 3)`, `(4H, 4W, 3)`, uint8, RGB; of `hr` rows and
             columns beyond a multiple of `SCALE` are left out.
     """
-    height, width = SCALE * lr.shape[0], SCALE * lr.shape[1]
-    bicubic = np.array(Image.fromarray(lr).resize((width, height), Image.Resampling.BICUBIC))
-    hr = hr[:height, :width]
-    figures = compare(sr, hr)
-    return figures | {f"{key} bicubic": value for key, value in compare(bicubic, hr).items()}
+    hr = hr[: sr.shape[0], : sr.shape[1]]
+    plain = compare(bicubic(lr), hr)
+    return compare(sr, hr) | {f"{key} bicubic": value for key, value in plain.items()}
+
+
+def bicubic(lr: np.ndarray) -> np.ndarray:
+    """`(4H, 4W, 3)` uint8 of an LR picture `(H, W, 3)` uint8, by Pillow's bicubic interpolation."""
+    size = SCALE * lr.shape[1], SCALE * lr.shape[0]
+    return np.array(Image.fromarray(lr).resize(size, Image.Resampling.BICUBIC))
 
 
 def compare(picture: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -150,6 +156,16 @@ def judge_edges(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
 def hinge_discriminator(on_true: Tensor, on_predicted: Tensor) -> Tensor:
     """What the edge discriminator minimises, given its scores."""
     return (F.relu(1 - on_true).mean() + F.relu(1 + on_predicted).mean()) / 2
+
+
+def edge_cross_entropy(predicted: Tensor, true: Tensor) -> Tensor:
+    """Binary cross-entropy, a scalar; missing an edge weighs `EDGE_WEIGHT` times inventing one.
+
+    Args:
+        predicted: (N, 1, H, W) in [0, 1].
+        true: (N, 1, H, W) in {0, 1}.
+    """
+    return F.binary_cross_entropy(predicted, true, weight=1 + (EDGE_WEIGHT - 1) * true)
 
 
 def hinge_generator(on_predicted: Tensor) -> Tensor:

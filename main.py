@@ -30,6 +30,7 @@ from inference import enlarge, for_inference, predict_edges
 from losses import (
     PerceptualLoss,
     discriminator_loss,
+    edge_cross_entropy,
     feature_matching,
     generator_loss,
     hinge_discriminator,
@@ -74,7 +75,15 @@ from training import GRID_ROWS, Losses, Recipe, Runtime, Training, cosine, runti
 
 # How each network is trained ------------------------------------------------------------------
 
-EDGES = Recipe(
+EDGE_PIXELS = Recipe(  # the edge generator, on the cross-entropy
+    steps=5_000,
+    crops=(32, 32),
+    betas=(0.9, 0.99),
+    learning_rate=4e-4,
+    schedule=cosine,
+    edges=("lr", "hr"),
+)
+EDGES = Recipe(  # the edge generator, against its discriminator
     steps=20_000,
     crops=(64, 64),
     betas=(0.0, 0.9),
@@ -120,11 +129,17 @@ class Settings:
     batch_size: int | None = field(
         default=None, metadata={"help": "crops a process, instead of the recipe's"}
     )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "at its highest, instead of the recipe's"}
+    )
     crop: int | None = field(
         default=None, metadata={"help": "LR pixels a side of the crops, instead of the recipe's"}
     )
     held_out: int = field(default=4, metadata={"help": "pictures kept for validation"})
     resume: bool = field(default=False, metadata={"help": "go on where the last training stopped"})
+    init: Path | None = field(
+        default=None, metadata={"help": "weights the generator starts from, in a new training"}
+    )
     vgg: Path | None = field(
         default=None, metadata={"help": "file with VGG19's weights; default: download them"}
     )
@@ -143,10 +158,19 @@ settings = Settings()
 
 
 def train_edges() -> None:
-    """Trains the edge generator and its discriminator: Edge-Informed SISR, section 3.1."""
+    """Trains the edge generator: first on pixels alone, then against its discriminator.
+
+    The second part is that of Edge-Informed SISR, section 3.1.
+    """
     with runtime(settings.device, settings.precision) as run:
         torch.manual_seed(settings.seed)
-        generator, discriminator = EdgeGenerator(), EdgeDiscriminator()
+        generator, discriminator = starting(EdgeGenerator), EdgeDiscriminator()
+
+        def pixel_losses(batch: dict[str, Tensor]) -> Losses:
+            with run.autocast():
+                predicted = generator(batch["lr"].float() / 255, batch["lr_edges"].float())
+            loss = edge_cross_entropy(predicted, batch["hr_edges"].float())
+            return edge_losses(batch, predicted, {"cross-entropy": loss})
 
         def losses(batch: dict[str, Tensor]) -> Losses:
             lr, hr = batch["lr"].float() / 255, batch["hr"].float() / 255
@@ -157,35 +181,52 @@ def train_edges() -> None:
                 on_fixed, _ = discriminator(hr, predicted.detach())
                 with frozen(discriminator):
                     on_predicted, features = discriminator(hr, predicted)
-            adversarial = hinge_generator(on_predicted.float())
-            matching = 10 * feature_matching(features, true_features)
-            judged = hinge_discriminator(on_true.float(), on_fixed.float())
-            precision, recall = precision_recall(predicted, true)
-            scalars = {
-                "loss/adversarial": adversarial,
-                "loss/feature matching": matching,
-                "loss/discriminator": judged,
-                "precision": precision,
-                "recall": recall,
+            terms = {
+                "adversarial": hinge_generator(on_predicted.float()),
+                "feature matching": 10 * feature_matching(features, true_features),
             }
-            return Losses(
-                {"gen": adversarial + matching, "dis": judged},
-                scalars,
-                lambda: {"LR edges, predicted, true": [nearest(lr_edges), predicted, true]},
-            )
+            judged = hinge_discriminator(on_true.float(), on_fixed.float())
+            return edge_losses(batch, predicted, terms, judged)
 
         def judge(generator: nn.Module, lr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
             return judge_edges(predict_edges(lr, generator, run), canny(hr))
 
+        if run.rank == 0 and not settings.resume:
+            set_aside(settings.ckpts, "EdgeModel")
+        generator = fit(
+            "EdgePreModel", EDGE_PIXELS, {"gen": generator}, pixel_losses, judge, "F1", run
+        )
         networks = {"gen": generator, "dis": discriminator}
         fit("EdgeModel", EDGES, networks, losses, judge, "F1", run)
+
+
+def edge_losses(
+    batch: dict[str, Tensor],
+    predicted: Tensor,
+    terms: dict[str, Tensor],
+    judged: Tensor | None = None,
+) -> Losses:
+    """What a batch of edges came to, with the precision and recall of the predicted ones."""
+    true = batch["hr_edges"].float()
+    precision, recall = precision_recall(predicted, true)
+    minimise = {"gen": sum(terms.values())}
+    scalars = {f"loss/{key}": value for key, value in terms.items()}
+    if judged is not None:
+        minimise["dis"] = scalars["loss/discriminator"] = judged
+    return Losses(
+        minimise,
+        scalars | {"precision": precision, "recall": recall},
+        lambda: {
+            "LR edges, predicted, true": [nearest(batch["lr_edges"].float()), predicted, true]
+        },
+    )
 
 
 def pretrain() -> None:
     """Trains the generator on pixels alone: first its LR stage, as an SRResNet, then the whole."""
     with runtime(settings.device, settings.precision) as run:
         torch.manual_seed(settings.seed)
-        trunk, edge_generator = SRResNet(), EdgeStage(run)
+        trunk, edge_generator = starting(SRResNet), EdgeStage(run)
 
         def trunk_losses(batch: dict[str, Tensor]) -> Losses:
             lr, hr = to_tanh(batch["lr"]), to_tanh(batch["hr"])
@@ -222,7 +263,8 @@ def train() -> None:
     """Trains the generator with all of its losses against its discriminator: SRGAN."""
     with runtime(settings.device, settings.precision) as run:
         torch.manual_seed(settings.seed)
-        generator, discriminator = pretrained_generator(), Discriminator()
+        generator = starting(Generator, settings.ckpts / "PreModel_gen.pth")
+        discriminator = Discriminator()
         edge_generator = EdgeStage(run)
         perceptual = run.place(PerceptualLoss(settings.vgg))
 
@@ -271,6 +313,8 @@ def fit(
     """
     if settings.batch_size:
         recipe = replace(recipe, batch_size=settings.batch_size)
+    if settings.learning_rate:
+        recipe = replace(recipe, learning_rate=settings.learning_rate)
     if settings.crop:
         recipe = replace(recipe, crops=(settings.crop, settings.crop))
     names, held_out = split(settings.root, settings.held_out)
@@ -291,7 +335,7 @@ def fit(
     training = Training(name, recipe, networks, run, ckpts=settings.ckpts, resume=settings.resume)
     options = {"logs": settings.runs, "seed": settings.seed, "workers": settings.workers}
     training.fit(dataset, losses, validate, best_by, **options)
-    return training.average
+    return training.average.requires_grad_()
 
 
 class EdgeStage:
@@ -312,13 +356,18 @@ class EdgeStage:
         return judge_picture(lr, hr, enlarge(lr, generator, self.network, self.run))
 
 
-def pretrained_generator() -> Generator:
-    """The generator `pretrain()` left, or an untrained one."""
-    path = settings.ckpts / "PreModel_gen.pth"
-    if path.exists():
-        return load_network(path)
-    print(f"{path} is not there: the generator starts untrained; better run pretrain() first")
-    return Generator()
+def starting(network: type[nn.Module], usual: Path | None = None) -> nn.Module:
+    """The generator that `--init` names or `usual` holds, or an untrained one."""
+    path = settings.init or usual
+    if path is None:
+        return network()
+    if path == usual and not path.exists():
+        print(f"{path} is not there: the generator starts untrained; better run pretrain() first")
+        return network()
+    found = load_network(path)
+    if type(found) is not network:
+        raise WeightError(f"{path}: is a {type(found).__name__}, not a {network.__name__}")
+    return found
 
 
 @contextlib.contextmanager
@@ -500,7 +549,7 @@ def configure(arguments: list[str]) -> Callable[[], None] | None:
         )
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
-    for name in ("steps", "epochs", "batch_size", "crop"):
+    for name in ("steps", "epochs", "batch_size", "learning_rate", "crop"):
         if options[name] is not None and options[name] <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if not options["root"].is_dir():

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="holds TrainingSet/ and TestSet/")
     parser.add_argument("--tiles", type=int, default=6, help="tiles in a row and in a column")
     parser.add_argument("--pad", type=int, default=8, help="LR pixels that neighbours share, even")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
     options = parser.parse_args(argv)
     if not options.root.is_dir():
         parser.error(f"--root: there is no folder {options.root}")

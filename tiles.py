@@ -6,11 +6,10 @@ HR the one `SCALE` times its size.
 """
 
 import re
-import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,15 +255,16 @@ def replacing(path: Path) -> Iterator[Path]:
 def in_parallel(
     job: Callable[..., list[str]], arguments: Iterable[tuple], workers: int, title: str
 ) -> list[str]:
-    """Runs `job(*arguments)` for each of the arguments in several processes, with a progress bar.
+    """Runs `job(*arguments)` for each of the arguments in several threads, with a progress bar.
+
+    Threads are enough: the picture codecs and NumPy let each other run.
 
     Returns:
         The complaints of all jobs: one sentence for everything that had to be left out.
     """
-    complaints, jobs = [], list(arguments)
-    workers = max(1, min(workers, len(jobs), 61))  # Windows allows no more
-    with ProcessPoolExecutor(workers, initializer=leave_interrupts_to_the_parent) as pool:
-        futures = [pool.submit(job, *each) for each in jobs]
+    complaints = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        futures = [pool.submit(job, *each) for each in arguments]
         try:
             for future in tqdm(futures, title, unit="picture", disable=not futures):
                 complaints += future.result()
@@ -272,8 +272,3 @@ def in_parallel(
             pool.shutdown(cancel_futures=True)
             raise
     return complaints
-
-
-def leave_interrupts_to_the_parent(*_: object) -> None:
-    """For worker processes: the parent ends them when it is interrupted."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import filecmp
 import io
 import math
 import os
@@ -407,10 +408,12 @@ def set_aside(ckpts: Path, name: str) -> None:
         number += 1
     for file in files:
         path, kept = ckpts / f"{file}.pth", ckpts / f"{file}.{number}.previous.pth"
-        if file.endswith("_gen"):
-            shutil.copy2(path, kept)  # it serves until the new one is there
-        else:
+        if not file.endswith("_gen"):
             path.replace(kept)
+        elif any(filecmp.cmp(path, each, False) for each in ckpts.glob(f"{file}.*.previous.pth")):
+            continue
+        else:
+            shutil.copy2(path, kept)  # it serves until the new one is there
         print(f"Kept {path.name} of an earlier training as {kept.name}")
 
 

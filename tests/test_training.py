@@ -66,8 +66,9 @@ def test_schedules():
 
 
 def test_edges_are_learnt_and_watched(sliced, folder, vgg):
-    run("train_edges", *options(sliced, folder, vgg, "--steps", 120))
-    seen = scalars(folder, "EdgeModel")
+    run("train_edges", *options(sliced, folder, vgg, "--steps", 100))
+    first, seen = scalars(folder, "EdgePreModel"), scalars(folder, "EdgeModel")
+    assert first["loss/cross-entropy"][-1] < first["loss/cross-entropy"][0]
     lr = read_picture(next((sliced / TEST / LR).glob("*.png")))
     true = canny(read_picture(next((sliced / TEST / HR).glob("*.png"))))
     untrained, learnt = (
@@ -156,7 +157,7 @@ def test_damaged_tile_is_named_and_the_training_saved(sliced, folder, vgg, tmp_p
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(r"\d{4}_02_02\.png: not readable", printed) and "Traceback" not in printed
-    assert (folder / "EdgeModel.state.pth").exists()
+    assert (folder / "EdgePreModel.state.pth").exists()
 
 
 def test_pretraining_in_two_processes(sliced, folder, vgg):
@@ -166,7 +167,7 @@ def test_pretraining_in_two_processes(sliced, folder, vgg):
 
 def test_epochs_count_passes_over_the_tiles(sliced, folder, vgg):
     run("train_edges", *options(sliced, folder, vgg, "--epochs", 2))
-    assert parts(folder, "EdgeModel")["step"] == 2 * 3 * 4 / 2  # three pictures of four tiles
+    assert parts(folder, "EdgePreModel")["step"] == 2 * 3 * 4 / 2  # three pictures of four tiles
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.2)])
