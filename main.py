@@ -366,7 +366,7 @@ def starting(network: type[nn.Module], usual: Path | None = None) -> nn.Module:
         return network()
     found = load_network(path)
     if type(found) is not network:
-        raise WeightError(f"{path}: is a {type(found).__name__}, not a {network.__name__}")
+        raise WeightError(f"{path}: holds {type(found).__name__}, not {network.__name__}")
     return found
 
 

@@ -10,6 +10,7 @@ from skimage.metrics import structural_similarity
 from losses import (
     PerceptualLoss,
     discriminator_loss,
+    edge_cross_entropy,
     feature_matching,
     generator_loss,
     hinge_discriminator,
@@ -117,3 +118,12 @@ def test_soft_labels_stay_within_their_ranges():
     expected = F.binary_cross_entropy(on_true, torch.tensor([1.0, 0.7]))
     expected += F.binary_cross_entropy(on_generated, torch.tensor([0.0, 0.3]))
     assert discriminator_loss(on_true, on_generated, softness) == expected
+
+
+def test_a_missing_edge_weighs_four_times_an_invented_one():
+    true = torch.tensor([[[[1.0, 0.0]]]])
+    missed, invented = torch.tensor([[[[0.25, 0.5]]]]), torch.tensor([[[[0.5, 0.75]]]])
+    assert float(edge_cross_entropy(missed, true)) == pytest.approx((4 * np.log(4) + np.log(2)) / 2)
+    assert float(edge_cross_entropy(invented, true)) == pytest.approx(
+        (4 * np.log(2) + np.log(4)) / 2
+    )

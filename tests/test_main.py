@@ -11,10 +11,11 @@ from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import ablation
 import join_slice_images
 import main
 import slice_images_w_overlapping
-from models import Generator, save_network
+from models import EdgeGenerator, Generator, SRResNet, save_network
 from tiles import HR, JOINED, LR, OUTPUT, TEST, read_picture, write_png
 
 
@@ -113,6 +114,26 @@ def test_pictures_that_cannot_be_made_are_named_and_the_others_made(root, ckpts)
 def test_processes_share_the_pictures_out(root, ckpts):
     run("test", "--root", root, "--ckpts", ckpts, "--tiles", 3, processes=2)
     assert len(list((root / TEST / LR / OUTPUT).glob("*.png"))) == 27
+
+
+def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, capsys):
+    save_network(EdgeGenerator(4, 1), tmp_path / "EdgeModel_gen.pth")
+    save_network(SRResNet(8, 4), tmp_path / "SRResNet_gen.pth")
+    for name in ("PreModel", "SRModel"):
+        save_network(Generator(8, 4), tmp_path / f"{name}_gen.pth")
+    given = ["ablation.py", "--root", str(root), "--ckpts", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    ablation.main()
+    printed = capsys.readouterr().out
+    command("test", root, tmp_path)
+    join_slice_images.main(["--root", str(root), "--tiles", "3"])
+    command("evaluate", root, tmp_path)
+    final = root / TEST / LR / OUTPUT / JOINED / "figures.csv"
+    mean = list(csv.DictReader(final.open()))[-1]
+    for row, suffix in (("predicted edges", ""), ("bicubic", " bicubic")):
+        figures = re.search(rf"^{row} +(.*)$", printed, re.MULTILINE)[1].split()
+        expected = [float(mean[key + suffix]) for key in ("L1", "SSIM RGB", "PSNR", "SSIM")]
+        assert [float(each) for each in figures] == pytest.approx(expected, abs=1e-4)
 
 
 def script(text, folder, *options):

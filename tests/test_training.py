@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset import canny
 from inference import for_inference, predict_edges
-from models import EdgeGenerator, load_file, load_network
+from models import EdgeGenerator, load_file, load_network, save_network
 from tiles import HR, LR, TEST, TILES, TRAINING, read_picture
 from training import constant_then_halved, cosine, update_average
 
@@ -208,3 +208,17 @@ def test_the_average_is_over_the_last_thousand_steps():
     for step in range(50_000, 51_000):
         update_average(average, network, step)
     assert average.weight.tolist() == pytest.approx([1 - 0.999**1000] * 3, rel=1e-3)
+
+
+def test_a_training_starts_from_the_weights_it_is_given(sliced, folder, vgg, tmp_path):
+    torch.manual_seed(1)
+    given = EdgeGenerator(4, 1)
+    save_network(given, tmp_path / "given.pth")
+    more = ["--steps", 1, "--learning-rate", 1e-9, "--init"]
+    run("train_edges", *options(sliced, folder, vgg, *more, tmp_path / "given.pth"))
+    trained = load_network(folder / "EdgePreModel_gen.pth")
+    for before, after in zip(given.parameters(), trained.parameters(), strict=True):
+        assert torch.allclose(before, after, atol=1e-3)
+    process = start("pretrain", *options(sliced, folder, vgg, *more, tmp_path / "given.pth"))
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "given.pth: holds EdgeGenerator" in printed
