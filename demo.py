@@ -16,8 +16,9 @@ import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 
 from inference import for_inference, predict_edges
+from losses import bicubic
 from models import load_network
-from tiles import HR, JOINED, LR, OUTPUT, ROOT, SCALE, TEST, read_picture, write_png
+from tiles import HR, JOINED, LR, OUTPUT, ROOT, TEST, read_picture, write_png
 from training import runtime
 
 DEMO = ROOT / "demo"
@@ -72,11 +73,9 @@ def draw_sheet() -> np.ndarray:
         edge_generator = for_inference(load_network(ROOT / "ckpts" / "EdgeModel_gen.pth"), run)
         for row, name in enumerate(PHOTOGRAPHS):
             lr = read_picture(folder / f"{name}.png")
-            size = (SCALE * lr.shape[1], SCALE * lr.shape[0])
-            bicubic = Image.fromarray(lr).resize(size, Image.Resampling.BICUBIC)
             edges = 255 * (1 - predict_edges(lr, edge_generator, run))
             pictures = {
-                "bicubic  {PSNR bicubic:.5} dB  SSIM {SSIM bicubic:.5}": np.asarray(bicubic),
+                "bicubic  {PSNR bicubic:.5} dB  SSIM {SSIM bicubic:.5}": bicubic(lr),
                 "predicted edges": np.repeat(edges[..., None], 3, axis=2).astype(np.uint8),
                 "generated  {PSNR:.5} dB  SSIM {SSIM:.5}": read_picture(
                     folder / OUTPUT / JOINED / f"candidate_{name}.png"

@@ -221,6 +221,7 @@ class Recipe:
     schedule: Callable[[int, int], float] = constant_then_halved
     colour: bool = False  # vary colours, besides flips and quarter turns
     edges: tuple[str, ...] = ("lr",)  # Canny edges the losses need
+    keep_norms: bool = False  # the generator's batch norms as they were pre-trained
 
 
 class Losses(NamedTuple):
@@ -260,6 +261,10 @@ class Training:
             if run.world > 1:
                 synchronise_batch_norm(network, run.device)
             run.place(network).train()
+        if recipe.keep_norms:
+            for module in networks["gen"].modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         self.networks, self.average = networks, copy.deepcopy(networks["gen"])
         self.average.requires_grad_(False)
         self.parts = {**networks, "average": self.average} | {
