@@ -111,7 +111,7 @@ GAN = Recipe(  # the whole generator, on the full loss
     crops=(16, 40),
     accumulate=2,
     colour=True,
-    keep_norms=True,  # those of recoloured crops would shift the colours
+    keep_norms=True,  # crops are recoloured, pictures are not
 )
 
 
