@@ -2,10 +2,11 @@
 
     python bench.py [--repeats 3] [--device auto] [--precision auto]
 
-Takes some minutes; let nothing else run. The plain way is the original's: float32, PyTorch's
-default memory layout, batch and spectral norm computed anew, one tile of 68 x 68 pixels for every
-60 x 60 at a time; pictures one after the other at Pillow's default PNG compression. Every
-measurement is a process of its own, plain and ours by turns; the figures are medians.
+For Linux. Takes some minutes; let nothing else run. The plain way is the original's: float32,
+PyTorch's default memory layout and layers, batch and spectral norm computed anew, one tile of
+68 x 68 pixels for every 60 x 60 at a time; pictures one after the other at Pillow's default PNG
+compression. Every measurement is a process of its own, plain and ours by turns; the figures are
+medians.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import join_slice_images
 import slice_images_w_overlapping
 import training
 from inference import enlarge, for_inference
-from models import EdgeGenerator, FewChannelConv, Generator, InstanceNorm, SRResNet
+from models import EdgeGenerator, FewChannelConv, Generator, InstanceNorm, PReLU, SRResNet
 from tiles import HR, LR, OUTPUT, SCALE, TEST, TILES, TRAINING, Grid, cut, tile_name, write_png
 from training import Runtime, runtime
 
@@ -141,6 +142,8 @@ def make_plain(network: nn.Module) -> nn.Module:
             module.__class__ = nn.Conv2d
         elif isinstance(module, InstanceNorm):
             module.__class__ = nn.InstanceNorm2d
+        elif isinstance(module, PReLU):
+            module.__class__ = nn.PReLU
     return network
 
 

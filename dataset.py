@@ -1,7 +1,7 @@
 """Training data: random crops of paired tiles, their Canny edges, and the held-out pictures.
 
 All randomness follows from (seed, batch number), so that training can go on after a stop, or on
-another number of processes, with the very crops it would have seen.
+another number of processes with as large a batch in all, with the very crops it would have seen.
 """
 
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import PairedTiles, canny, split
-from inference import enlarge, for_inference, predict_edges
+from inference import enlarge, for_inference, predict_edges, render
 from losses import (
     PerceptualLoss,
     discriminator_loss,
@@ -105,14 +106,18 @@ PIXELS = Recipe(  # the whole generator, on the mean squared error
     betas=(0.9, 0.99),
     learning_rate=2e-4,
     schedule=cosine,
+    norms_until=0.5,
 )
 GAN = Recipe(  # the whole generator, on the full loss
     steps=500_000,
     crops=(16, 40),
     accumulate=2,
     colour=True,
-    keep_norms=True,  # crops are recoloured, pictures are not
+    norms_until=0,  # crops are recoloured, pictures are not
 )
+
+
+CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # a process
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,15 @@ class Settings:
     vgg: Path | None = field(
         default=None, metadata={"help": "file with VGG19's weights; default: download them"}
     )
+    true_edges: bool = field(
+        default=False,
+        metadata={"help": "train the generator on the HR pictures' own edges; use other --ckpts"},
+    )
     tiles: int = field(default=6, metadata={"help": "as the pictures were sliced"})
     pad: int = field(default=8, metadata={"help": "as the pictures were sliced"})
-    workers: int = field(default=2, metadata={"help": "processes that load training data"})
+    workers: int = field(
+        default=max(1, min(8, CORES)), metadata={"help": "processes that load training data"}
+    )
     precision: str = field(default="auto", metadata={"choices": ["auto", "fp32", "bf16"]})
     device: str = field(default="auto", metadata={"choices": ["auto", "cpu", "cuda"]})
     seed: int = field(default=0, metadata={"help": "of everything random"})
@@ -233,8 +244,8 @@ def pretrain() -> None:
             lr, hr = to_tanh(batch["lr"]), to_tanh(batch["hr"])
             with run.autocast():
                 sr = trunk(lr)
-            loss = F.l1_loss(sr, hr)
-            return Losses({"gen": loss}, {"loss/l1": loss}, lambda: picture_grids(lr, sr, hr))
+            loss = F.mse_loss(sr, hr)
+            return Losses({"gen": loss}, {"loss/mse": loss}, lambda: picture_grids(lr, sr, hr))
 
         def judge_trunk(generator: nn.Module, lr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
             return judge_picture(lr, hr, enlarge(lr, generator, None, run))
@@ -264,8 +275,10 @@ def train() -> None:
     """Trains the generator with all of its losses against its discriminator: SRGAN."""
     with runtime(settings.device, settings.precision) as run:
         torch.manual_seed(settings.seed)
-        generator = starting(Generator, settings.ckpts / "PreModel_gen.pth")
-        discriminator = Discriminator()
+        usual = settings.ckpts / "PreModel_gen.pth"
+        untrained = not (settings.init or usual.exists())
+        recipe = replace(GAN, norms_until=1) if untrained else GAN
+        generator, discriminator = starting(Generator, usual), Discriminator()
         edge_generator = EdgeStage(run)
         perceptual = run.place(PerceptualLoss(settings.vgg))
 
@@ -292,7 +305,7 @@ def train() -> None:
             )
 
         networks = {"gen": generator, "dis": discriminator}
-        fit("SRModel", GAN, networks, losses, edge_generator.judge, "SSIM", run)
+        fit("SRModel", recipe, networks, losses, edge_generator.judge, "SSIM", run)
 
 
 def fit(
@@ -318,6 +331,8 @@ def fit(
         recipe = replace(recipe, learning_rate=settings.learning_rate)
     if settings.crop:
         recipe = replace(recipe, crops=(settings.crop, settings.crop))
+    if settings.true_edges and recipe.edges:
+        recipe = replace(recipe, edges=("lr", "hr"))
     names, held_out = split(settings.root, settings.held_out)
     dataset = PairedTiles(settings.root, names, recipe.crops[1], recipe.colour, recipe.edges)
     if settings.epochs:
@@ -340,21 +355,25 @@ def fit(
 
 
 class EdgeStage:
-    """The frozen edge generator, for batches and for whole pictures."""
+    """The frozen edge generator, or the truth in its place, for batches and whole pictures."""
 
     def __init__(self, run: Runtime) -> None:
         self.run = run
-        self.network = for_inference(load_network(settings.ckpts / "EdgeModel_gen.pth"), run)
+        if not settings.true_edges:
+            self.network = for_inference(load_network(settings.ckpts / "EdgeModel_gen.pth"), run)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """HR edges (N, 1, 4H, 4W) in [0, 1] of a batch."""
+        if settings.true_edges:
+            return batch["hr_edges"].float()
         with self.run.autocast():
             return self.network(batch["lr"].float() / 255, batch["lr_edges"].float())
 
     def judge(self, generator: nn.Module, lr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
-        """Figures of a generator's picture made with predicted edges."""
-        return judge_picture(lr, hr, enlarge(lr, generator, self.network, self.run))
+        """Figures of a generator's picture made with such edges."""
+        edges = canny(hr) if settings.true_edges else predict_edges(lr, self.network, self.run)
+        return judge_picture(lr, hr, render(lr, generator, edges, self.run))
 
 
 def starting(network: type[nn.Module], usual: Path | None = None) -> nn.Module:

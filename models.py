@@ -36,6 +36,15 @@ class FewChannelConv(nn.Conv2d):
         return F.conv2d(x, shifts, self.bias, padding=(0, columns), groups=out)
 
 
+class PReLU(nn.PReLU):
+    """PReLU with a single slope; on processors PyTorch's own is slow backwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        return torch.lerp(F.relu(x), x, self.weight.to(x.dtype))
+
+
 class InstanceNorm(nn.InstanceNorm2d):
     """Every channel of every picture to mean 0 and variance 1."""
 
@@ -153,7 +162,7 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.prelu = nn.PReLU()
+        self.prelu = PReLU()
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +176,7 @@ class UpsamplingBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
-        self.prelu = nn.PReLU()
+        self.prelu = PReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.prelu(F.pixel_shuffle(self.conv(x), 2))
@@ -186,7 +195,7 @@ class SRResNet(nn.Module):
         self.arguments = {"width": width, "blocks": blocks}
         self.blocks = blocks
         self.conv1 = nn.Conv2d(3, width, 9, padding=4)
-        self.prelu = nn.PReLU()
+        self.prelu = PReLU()
         for i in range(1, blocks + 1):
             setattr(self, f"residual_block{i}", ResidualBlock(width))
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)

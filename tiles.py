@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 TRAINING, TEST = "TrainingSet", "TestSet"
 LR, HR, TILES, OUTPUT, JOINED = "600px", "2400px", "croppedoverl", "output", "final"
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+JPEG = {"JPEG", "MPO"}  # the latter of phones, several pictures in a file
 
 
 class PictureError(Exception):
@@ -185,7 +186,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         PictureError: the file cannot be read as a picture.
     """
     with _open(path) as image:
-        sideways = image.format == "JPEG" and image.getexif().get(0x0112, 1) >= 5
+        sideways = image.format in JPEG and image.getexif().get(0x0112, 1) >= 5
         return (image.width, image.height) if sideways else (image.height, image.width)
 
 
@@ -198,7 +199,7 @@ def read_picture(path: Path) -> np.ndarray:
     with _open(path) as image:
         if image.mode.startswith(("I", "F")):
             raise PictureError(f"{path}: more than 8 bits a channel; save it with 8 bits")
-        upright = ImageOps.exif_transpose(image) if image.format == "JPEG" else image
+        upright = ImageOps.exif_transpose(image) if image.format in JPEG else image
         return np.array(upright.convert("RGB"))
 
 

@@ -180,6 +180,17 @@ def synchronise_batch_norm(network: nn.Module, device: torch.device) -> nn.Modul
 
 
 @torch.no_grad()
+def keep_norms(network: nn.Module, average: nn.Module) -> None:
+    """Has all batch norms use the averaged statistics, as in inference, and leave them so."""
+    for (name, present), kept in zip(network.named_buffers(), average.buffers(), strict=True):
+        if "running" in name:
+            present.copy_(kept)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+@torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, step: int) -> None:
     """Takes a network's weights into their exponential moving average.
 
@@ -221,7 +232,7 @@ class Recipe:
     schedule: Callable[[int, int], float] = constant_then_halved
     colour: bool = False  # vary colours, besides flips and quarter turns
     edges: tuple[str, ...] = ("lr",)  # Canny edges the losses need
-    keep_norms: bool = False  # the generator's batch norms as they were pre-trained
+    norms_until: float = 1  # part of the steps after which the batch norms stay as they are
 
 
 class Losses(NamedTuple):
@@ -261,17 +272,13 @@ class Training:
             if run.world > 1:
                 synchronise_batch_norm(network, run.device)
             run.place(network).train()
-        if recipe.keep_norms:
-            for module in networks["gen"].modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
         self.networks, self.average = networks, copy.deepcopy(networks["gen"])
         self.average.requires_grad_(False)
         self.parts = {**networks, "average": self.average} | {
             f"{key} optimizer": torch.optim.Adam(each.parameters(), betas=recipe.betas, fused=True)
             for key, each in networks.items()
         }
-        self.step, self.best = 0, -math.inf
+        self.step, self.judged, self.best = 0, 0, -math.inf
         self.state_path = ckpts / f"{name}.state.pth"
         if run.rank == 0:
             if resume and self.state_path.exists():
@@ -289,11 +296,11 @@ class Training:
 
     def _state(self) -> dict:
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        return {"step": self.step, "best": self.best, "parts": parts}
+        return {"step": self.step, "judged": self.judged, "best": self.best, "parts": parts}
 
     def _take_up(self, state: dict) -> None:
         try:
-            self.step, self.best = state["step"], state["best"]
+            self.step, self.judged, self.best = state["step"], state["judged"], state["best"]
             for key, part in self.parts.items():
                 part.load_state_dict(state["parts"][key])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -332,10 +339,16 @@ class Training:
         meter = Meter(self, logs)
         saved = time.monotonic()
         with self._saving_on_bad_pictures(), interruptible() as interrupted, meter:
-            while not (stop := any_process(interrupted, run)) and self.step < recipe.steps:
+            while not (stop := any_process(interrupted, run)):
+                if self.judged < self.step and self._due():
+                    self._judge(validate, best_by, meter)
+                if self.step >= recipe.steps:
+                    break
                 rate = recipe.learning_rate * recipe.schedule(self.step, recipe.steps)
                 for optimizer in self.optimizers:
                     optimizer.param_groups[0]["lr"] = rate
+                if self.step >= recipe.norms_until * recipe.steps:
+                    keep_norms(self.networks["gen"], self.average)
 
                 for _ in range(recipe.accumulate):
                     batch = {key: run.send(value) for key, value in next(batches).items()}
@@ -352,14 +365,7 @@ class Training:
                 self.step += 1
 
                 meter.show(result, rate)
-                if self.step % CHECKPOINT_EVERY == 0 or self.step == recipe.steps:
-                    self.save()
-                    figures = validate(self.average)
-                    meter.write({f"validation/{key}": value for key, value in figures.items()})
-                    self._keep_best(figures.get(best_by, -math.inf))
-                    saved = time.monotonic()
-                    meter.restart()
-                elif time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if self._due() or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = time.monotonic()
         if stop:
@@ -396,12 +402,21 @@ class Training:
         except PictureError as error:  # without the worker's traceback
             raise PictureError(str(error).rpartition("PictureError: ")[2].strip()) from None
 
-    def _keep_best(self, figure: float) -> None:
-        if figure > self.best:
-            self.best = figure
+    def _due(self) -> bool:
+        return self.step % CHECKPOINT_EVERY == 0 or self.step == self.recipe.steps
+
+    def _judge(
+        self, validate: Callable[[nn.Module], dict[str, float]], best_by: str, meter: "Meter"
+    ) -> None:
+        figures = validate(self.average)
+        meter.write({f"validation/{key}": value for key, value in figures.items()})
+        if figures.get(best_by, -math.inf) > self.best:
+            self.best = figures[best_by]
             if self.run.rank == 0:
                 save_network(self.average, self.ckpts / f"{self.name}_gen_best.pth")
-            self.save()
+        self.judged = self.step
+        self.save()
+        meter.restart()
 
 
 def set_aside(ckpts: Path, name: str) -> None:

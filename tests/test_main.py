@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, photograph, run, save, shrunk
+import torch
+from conftest import CPU, REPOSITORY, photograph, run, save, shrunk
 from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -134,6 +135,17 @@ def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, caps
         figures = re.search(rf"^{row} +(.*)$", printed, re.MULTILINE)[1].split()
         expected = [float(mean[key + suffix]) for key in ("L1", "SSIM RGB", "PSNR", "SSIM")]
         assert [float(each) for each in figures] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_truth_can_take_the_place_of_the_predicted_edges(root, ckpts):
+    batch = {
+        "lr": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        "lr_edges": torch.zeros(1, 1, 8, 8),
+        "hr_edges": torch.rand(1, 1, 32, 32).round(),
+    }
+    for options, exact in (([], False), (["--true-edges"], True)):
+        main.configure(["pretrain", "--root", str(root), "--ckpts", str(ckpts), *options])
+        assert torch.equal(main.EdgeStage(CPU)(batch), batch["hr_edges"]) is exact
 
 
 def script(text, folder, *options):

@@ -7,6 +7,7 @@ from models import (
     EdgeDiscriminator,
     EdgeGenerator,
     Generator,
+    PReLU,
     SRResNet,
     WeightError,
     load_network,
@@ -191,3 +192,16 @@ def test_an_interrupted_save_keeps_the_old_weights(tmp_path, monkeypatch):
         save_network(Discriminator(4), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_prelu_is_pytorchs(dtype, tolerance):
+    torch.manual_seed(0)
+    results = []
+    for prelu in (PReLU(init=0.3), torch.nn.PReLU(init=0.3)):
+        x = torch.linspace(-2, 2, 24, dtype=dtype).view(1, 2, 3, 4).requires_grad_()
+        y = prelu.to(dtype)(x)
+        (y * torch.linspace(1, 2, 24, dtype=dtype).view(1, 2, 3, 4)).sum().backward()
+        results.append((y, x.grad, prelu.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)

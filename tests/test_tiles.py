@@ -103,10 +103,13 @@ def test_pictures_are_read_upright_and_in_rgb(tmp_path):
     image = Image.fromarray(picture)
     exif = image.getexif()
     exif[0x0112] = 6  # the camera was held upright
-    image.save(tmp_path / "phone.jpg", exif=exif, quality=100, subsampling=0)
-    assert tiles.picture_size(tmp_path / "phone.jpg") == (40, 30)
-    upright = tiles.read_picture(tmp_path / "phone.jpg")
-    assert np.abs(upright.astype(int) - np.rot90(picture, -1)).mean() < 2
+    best = {"exif": exif, "quality": 100, "subsampling": 0}
+    image.save(tmp_path / "camera.jpg", **best)
+    image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[image], **best)
+    for name in ("camera.jpg", "phone.jpg"):
+        assert tiles.picture_size(tmp_path / name) == (40, 30)
+        upright = tiles.read_picture(tmp_path / name)
+        assert np.abs(upright.astype(int) - np.rot90(picture, -1)).mean() < 2
     image.convert("L").save(tmp_path / "grey.png")
     assert tiles.read_picture(tmp_path / "grey.png").shape == (30, 40, 3)
 

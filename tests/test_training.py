@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset import canny
 from inference import for_inference, predict_edges
-from models import EdgeGenerator, load_file, load_network, save_network
+from models import EdgeGenerator, load_file, load_network, save_file, save_network
 from tiles import HR, LR, TEST, TILES, TRAINING, read_picture
-from training import constant_then_halved, cosine, update_average
+from training import constant_then_halved, cosine, keep_norms, update_average
 
 
 def options(sliced, folder, vgg, *more):
@@ -87,11 +87,17 @@ def test_edges_are_learnt_and_watched(sliced, folder, vgg):
 def test_pictures_are_learnt_in_all_stages(sliced, folder, vgg):
     run("pretrain", *options(sliced, folder, vgg, "--steps", 60))
     trunk, whole = scalars(folder, "SRResNet"), scalars(folder, "PreModel")
-    assert trunk["loss/l1"][-1] < trunk["loss/l1"][0]
+    assert trunk["loss/mse"][-1] < trunk["loss/mse"][0]
     assert whole["validation/PSNR"][-1] > trunk["validation/PSNR"][-1] > trunk["validation/PSNR"][0]
     for key in ("loss/mse", "validation/SSIM", "validation/L1", "validation/PSNR bicubic"):
         assert key in whole
     run("train", *options(sliced, folder, vgg, "--steps", 40))
+    before, after = (
+        load_network(folder / f"{name}_gen.pth").state_dict() for name in ("PreModel", "SRModel")
+    )
+    for key in ("residual_block1.bn1", "bn4"):
+        assert torch.equal(after[f"{key}.running_mean"], before[f"{key}.running_mean"])
+        assert not torch.equal(after[f"{key}.weight"], before[f"{key}.weight"])
     seen = scalars(folder, "SRModel")
     terms = ("l1", "perceptual", "ssim", "adversarial", "discriminator")
     assert {f"loss/{term}" for term in terms} < seen.keys()
@@ -121,6 +127,17 @@ def test_killed_and_resumed_training_ends_as_if_left_alone(sliced, folder, vgg, 
     assert parts(folder, name)["step"] < 60
     run(command, *steps, "--resume")
     assert_equal(parts(folder, name), parts(folder / "alone", name))
+
+
+def test_a_validation_cut_short_is_made_up_for(sliced, folder, vgg):
+    run("pretrain", *options(sliced, folder, vgg, "--steps", 4))
+    complete = parts(folder, "PreModel")
+    assert complete["judged"] == 4
+    (folder / "PreModel_gen_best.pth").unlink()
+    save_file(complete | {"judged": 0, "best": -math.inf}, folder / "PreModel.state.pth")
+    run("pretrain", *options(sliced, folder, vgg, "--steps", 4, "--resume"))
+    assert_equal(parts(folder, "PreModel"), complete)
+    assert (folder / "PreModel_gen_best.pth").exists()
 
 
 def test_interrupted_training_saves_and_says_how_to_go_on(sliced, folder, vgg):
@@ -201,6 +218,14 @@ def test_the_average_soon_forgets_where_training_started():
         update_average(average, network, step)
     assert average.weight.min() > 0.99
     assert average.running_mean.tolist() == pytest.approx([5] * 3, rel=1e-2)
+
+
+def test_kept_norms_are_those_of_the_average():
+    average, network = zeros_and_ones()
+    average.running_mean.fill_(3)
+    keep_norms(network, average)
+    network(torch.randn(2, 3, 4, 4))
+    assert network.running_mean.tolist() == [3] * 3
 
 
 def test_the_average_is_over_the_last_thousand_steps():
