@@ -182,12 +182,11 @@ def synchronise_batch_norm(network: nn.Module, device: torch.device) -> nn.Modul
 @torch.no_grad()
 def keep_norms(network: nn.Module, average: nn.Module) -> None:
     """Has all batch norms use the averaged statistics, as in inference, and leave them so."""
-    for (name, present), kept in zip(network.named_buffers(), average.buffers(), strict=True):
-        if "running" in name:
-            present.copy_(kept)
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    for norm, averaged in zip(network.modules(), average.modules(), strict=True):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
+            norm.running_mean.copy_(averaged.running_mean)
+            norm.running_var.copy_(averaged.running_var)
+            norm.eval()
 
 
 @torch.no_grad()
