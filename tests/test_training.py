@@ -105,9 +105,9 @@ def test_pictures_are_learnt_in_all_stages(sliced, folder, vgg):
     assert all((folder / f"{name}.pth").exists() for name in names)
 
 
-@pytest.mark.parametrize("command", ["train_edges", "train"])
+@pytest.mark.parametrize("command", ["train_edges", "pretrain", "train"])
 def test_killed_and_resumed_training_ends_as_if_left_alone(sliced, folder, vgg, command):
-    name = {"train_edges": "EdgeModel", "train": "SRModel"}[command]
+    name = {"train_edges": "EdgeModel", "pretrain": "PreModel", "train": "SRModel"}[command]
     steps = options(sliced, folder, vgg, "--steps", 60)
     (folder / "alone").mkdir()
     (folder / "alone" / "EdgeModel_gen.pth").write_bytes(
