@@ -1,71 +1,69 @@
-"""Measures what each part of the network brings, on pictures whose truth is known.
+"""Measures what each part of the network brings, on images whose ground truth is known.
 
-    python ablation.py [--root DIR] [--ckpts DIR]
+    python ablation.py [--root DIR] [--ckpts DIR] [--jpeg QUALITY]
 
-Takes the pictures of TestSet/600px with a partner in TestSet/2400px; slicing makes the former
-where only the latter are there. Prints the mean figures of bicubic interpolation, of the SRResNet,
-of the generator before and after adversarial training, the latter with the edges of the true
-picture, with predicted edges and with none; then how well edges are predicted.
+Takes the images of TestSet/600px with a partner in TestSet/2400px; slicing makes the former where
+only the latter are there. Prints the mean metrics of bicubic interpolation, of the SRResNet, and
+of the generator before and after adversarial training, each with the edges of the ground truth,
+with predicted edges and with none; then how well edges are predicted.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from dataset import canny
-from inference import for_inference, predict_edges, render
-from losses import bicubic, compare, judge_edges, mean_of
-from main import plain_errors
-from models import load_network
-from tiles import HR, LR, ROOT, SCALE, TEST, PictureError, find_pictures, read_picture
-from training import runtime
+from console import UserError, existing_folder, plain_errors, positive_int, progress
+from dataset import through_jpeg
+from device import open_device, to_tensor
+from images import bicubic, canny, read_image
+from inference import Enlarger
+from metrics import Metrics, compare, compare_edges, mean_of, print_table
+from tiles import HR, LR, ROOT, SCALE, TEST, find_images
 
 
 def main() -> None:
     """Measures all variants and prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=ROOT, help="holds TestSet/")
-    parser.add_argument("--ckpts", type=Path, default=ROOT / "ckpts", help="holds the weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--root", type=existing_folder, default=ROOT, help="folder of TestSet/")
+    add("--ckpts", type=Path, default=ROOT / "ckpts", help="folder of the weights")
+    add("--jpeg", type=positive_int, help="quality of the JPEG that LR is saved as first")
     options = parser.parse_args()
-    lr_paths, hr_paths = (find_pictures(options.root / TEST / size)[0] for size in (LR, HR))
+    lr_paths, hr_paths = (find_images(options.root / TEST / size)[0] for size in (LR, HR))
     names = [name for name in lr_paths if name in hr_paths]
     if not names:
-        raise PictureError(f"{options.root / TEST}: no picture is in both {LR}/ and {HR}/")
+        raise UserError(f"{options.root / TEST}: no image is in both {LR}/ and {HR}/")
 
-    pictures: dict[str, list[dict[str, float]]] = {}
-    edges: dict[str, list[dict[str, float]]] = {}
-    with runtime() as run:
-        edge_generator, trunk, before, after = (
-            for_inference(load_network(options.ckpts / f"{name}_gen.pth"), run)
-            for name in ("EdgeModel", "SRResNet", "PreModel", "SRModel")
+    images: dict[str, list[Metrics]] = {}
+    edges: dict[str, list[Metrics]] = {}
+    with open_device() as device:
+        edge_path = options.ckpts / "EdgeModel_gen.pth"
+        trunk, before, after = (
+            Enlarger.load(options.ckpts / f"{name}_gen.pth", edge_path, device)
+            for name in ("SRResNet", "PreModel", "SRModel")
         )
-        for name in tqdm(names, "Measuring", unit="picture"):
-            lr, hr = read_picture(lr_paths[name]), read_picture(hr_paths[name])
+        for name in progress(names, "Measuring", unit="image"):
+            lr, hr = read_image(lr_paths[name]), read_image(hr_paths[name])
             hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
-            true, predicted = canny(hr), predict_edges(lr, edge_generator, run)
+            if options.jpeg:
+                lr = through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
+            true, predicted = canny(hr), after.predict_edges(lr)
+            given = {"true": true, "predicted": predicted, "no": np.zeros_like(true)}
+            made = {"bicubic": bicubic(lr, SCALE), "SRResNet": trunk(lr)}
+            for title, enlarger in {"PreModel": before, "SRModel": after}.items():
+                made |= {f"{title}, {kind} edges": enlarger(lr, e) for kind, e in given.items()}
+            for title, sr in made.items():
+                images.setdefault(title, []).append(compare(sr, hr, device))
             repeated = np.kron(canny(lr), np.ones((SCALE, SCALE), np.uint8))
-            for title, sr in {
-                "bicubic": bicubic(lr),
-                "SRResNet": render(lr, trunk, None, run),
-                "before the GAN stage": render(lr, before, predicted, run),
-                "predicted edges": render(lr, after, predicted, run),
-                "true edges": render(lr, after, true, run),
-                "no edges": render(lr, after, np.zeros_like(true), run),
-            }.items():
-                pictures.setdefault(title, []).append(compare(sr, hr))
-            for title, found in {"LR edges, repeated": repeated, "predicted": predicted}.items():
-                edges.setdefault(title, []).append(judge_edges(found, true))
-    for figures in (pictures, edges):
-        show({title: mean_of(each) for title, each in figures.items()})
-
-
-def show(table: dict[str, dict[str, float]]) -> None:
-    """Prints figures by title, a row each."""
-    print(f"\n{'':22}", *(f"{key:>10}" for key in next(iter(table.values()))))
-    for title, figures in table.items():
-        print(f"{title:22}", *(f"{value:10.4f}" for value in figures.values()))
+            for title, found in {"edges of LR, enlarged": repeated, "predicted": predicted}.items():
+                for tolerance in (0, 1):
+                    row = edges.setdefault(f"{title}, within {tolerance} px", [])
+                    row.append(compare_edges(found, true, device, tolerance))
+    for table in (images, edges):
+        print_table({title: mean_of(rows) for title, rows in table.items()})
 
 
 if __name__ == "__main__":

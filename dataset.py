@@ -1,4 +1,4 @@
-"""Training data: random crops of paired tiles, their Canny edges, and the held-out pictures.
+"""Training data: random crops of paired tiles, their Canny edges, and the held-out images.
 
 All randomness follows from (seed, batch number), so that training can go on after a stop, or on
 another number of processes with as large a batch in all, with the very crops it would have seen.
@@ -8,61 +8,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from skimage.color import rgb2gray
-from skimage.feature import canny as skimage_canny
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as transforms
 
+from device import to_tensor
+from images import CANNY_REACH, ImageError, canny, image_size, read_image
 from tiles import (
     HR,
     LR,
     SCALE,
     TILES,
     TRAINING,
-    PictureError,
-    find_pictures,
+    Area,
+    find_images,
     find_tiles,
-    picture_size,
-    read_picture,
+    grow,
+    scaled,
+    within,
 )
 
-CANNY_SIGMA = 2
-CANNY_REACH = 4 * CANNY_SIGMA  # pixels beyond which the smoothing takes nothing in
-
-
-def canny(picture: np.ndarray) -> np.ndarray:
-    """Canny edges of the grey picture, sigma 2, as scikit-image computes them.
-
-    Args:
-        picture: `(H, W, 3)` uint8, RGB.
-
-    Returns:
-        `(H, W)` uint8 in {0, 1}.
-    """
-    return skimage_canny(rgb2gray(picture), sigma=CANNY_SIGMA).astype(np.uint8)
-
-
-def to_tensor(picture: np.ndarray) -> Tensor:
-    """(1, C, H, W) float32 of `(H, W, C)`, of the same values."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
+JPEG_QUALITIES = 60, 100
 
 
 def split(root: Path, held_out: int) -> tuple[list[str], dict[str, tuple[Path, Path]]]:
-    """Divides the training set by pictures, never by tiles.
+    """Divides the training set by images, never by tiles.
 
     Args:
-        root: holds `TrainingSet/`.
-        held_out: pictures to keep from training; at most a quarter of them all.
+        root: folder of `TrainingSet/`.
+        held_out: images to keep from training; at most a quarter of them all.
 
     Returns:
-        The ids of the pictures to train on, and {id: (LR, HR)} of those to validate with, evenly
+        The ids of the images to train on, and {id: (LR, HR)} of those to validate with, evenly
         spread over the sorted ids.
     """
-    lr, _ = find_pictures(root / TRAINING / LR)
-    hr, _ = find_pictures(root / TRAINING / HR)
+    lr, _ = find_images(root / TRAINING / LR)
+    hr, _ = find_images(root / TRAINING / HR)
     tiled = sorted(find_tiles(root / TRAINING / LR / TILES))
     whole = [name for name in tiled if name in lr and name in hr]
     count = min(held_out, len(whole) // 4)
@@ -80,11 +64,11 @@ class Draw(NamedTuple):
 
 
 class CropSampler(Sampler[list[Draw]]):
-    """Batches of draws, without end; every tile once an epoch, one crop size a batch.
+    """Batches of draws, without end; every tile once an epoch, one crop size per batch.
 
     Args:
         tiles: how many there are.
-        batch_size: draws a batch in each process.
+        batch_size: draws per batch in each process.
         sizes: smallest and largest crop in LR pixels a side.
         seed: of everything random.
         start: number of the first batch.
@@ -128,18 +112,19 @@ class PairedTiles(Dataset):
     """Random crops of LR tiles and of the same place in HR.
 
     An item is a dict of uint8 tensors: `lr` (3, s, s) and `hr` (3, 4s, 4s) in [0, 255] and, where
-    asked for, `lr_edges` (1, s, s) and `hr_edges` (1, 4s, 4s) in {0, 1}; `softness` (2,) are
+    asked for, `lr_edges` (1, s, s) and `hr_edges` (1, 4s, 4s) in {0, 255}; and of `softness` (2,),
     uniform random numbers in [0, 1) for the soft labels.
 
     Args:
-        root: holds `TrainingSet/`, sliced.
-        names: ids of the pictures whose tiles to use.
+        root: folder of `TrainingSet/`, sliced.
+        names: ids of the images whose tiles to use.
         largest: the largest crop that will be drawn, LR pixels a side.
-        colour: vary brightness, contrast, saturation and hue, besides flips and quarter turns.
+        color: vary brightness, contrast, saturation and hue, besides flips and quarter turns.
+        jpeg: probability that the LR crop passes through JPEG, at a quality of 60 to 100.
         edges: which Canny edges to compute: any of "lr", "hr".
 
     Raises:
-        PictureError: there are no tiles, or they are smaller than the crops.
+        ImageError: there are no tiles, or they are smaller than the crops.
     """
 
     def __init__(
@@ -147,10 +132,11 @@ class PairedTiles(Dataset):
         root: Path,
         names: list[str],
         largest: int,
-        colour: bool = False,
+        color: bool = False,
+        jpeg: float = 0,
         edges: tuple[str, ...] = (),
     ) -> None:
-        self.colour, self.edges = colour, edges
+        self.color, self.jpeg, self.edges = color, jpeg, edges
         lr_folder, hr_folder = (root / TRAINING / size / TILES for size in (LR, HR))
         lr, hr = find_tiles(lr_folder), find_tiles(hr_folder)
         self.pairs = [
@@ -159,14 +145,14 @@ class PairedTiles(Dataset):
             for at in sorted(lr.get(name, {}).keys() & hr.get(name, {}).keys())
         ]
         if not self.pairs:
-            raise PictureError(f"{lr_folder}: no tiles; run `python slice_images_w_overlapping.py`")
+            raise ImageError(f"{lr_folder}: no tiles; run `python slice_images_w_overlapping.py`")
         for name in names:
-            first = lr[name].get((1, 1))  # the smallest of a picture's tiles
-            if first and min(picture_size(first)) < largest:
-                height, width = picture_size(first)
-                raise PictureError(
+            first = lr[name].get((1, 1))  # the smallest of an image's tiles
+            if first and min(image_size(first)) < largest:
+                height, width = image_size(first)
+                raise ImageError(
                     f"{first}: {width}x{height} pixels are too few for crops of"
-                    f" {largest}x{largest}; slice these pictures with fewer --tiles"
+                    f" {largest}x{largest}; slice these images with fewer --tiles"
                 )
 
     def __len__(self) -> int:
@@ -174,41 +160,62 @@ class PairedTiles(Dataset):
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
         rng = np.random.default_rng((*draw.seed, 2))
-        tiles = {"lr": read_picture(self.pairs[draw.tile][0])}
-        tiles["hr"] = read_picture(self.pairs[draw.tile][1])
-        height, width, _ = tiles["lr"].shape
-        if tiles["hr"].shape[:2] != (SCALE * height, SCALE * width):
-            raise PictureError(f"{self.pairs[draw.tile][1]}: not {SCALE} times its LR tile's size")
+        lr, hr = map(read_image, self.pairs[draw.tile])
+        height, width, _ = lr.shape
+        if hr.shape[:2] != (SCALE * height, SCALE * width):
+            raise ImageError(
+                f"{self.pairs[draw.tile][1]}: not {SCALE} times its LR tile's size;"
+                " run `python slice_images_w_overlapping.py` again"
+            )
         top = int(rng.integers(height - draw.size + 1))
         left = int(rng.integers(width - draw.size + 1))
-        recolour = draw_colours(rng) if self.colour else []
+        changes = draw_colors(rng) if self.color else []
         flip, turns = bool(rng.integers(2)), int(rng.integers(4))
+        softness = torch.from_numpy(rng.random(2, dtype=np.float32))
+        quality = int(rng.integers(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1))
+        compressed = rng.random() < self.jpeg
 
-        item = {}
-        for kind, scale in (("lr", 1), ("hr", SCALE)):
-            margin = CANNY_REACH * scale if self.edges else 0  # Canny sees beyond the crop
-            t, left_edge = max(top * scale - margin, 0), max(left * scale - margin, 0)
-            size = draw.size * scale
-            crop = tiles[kind][
-                t : top * scale + size + margin, left_edge : left * scale + size + margin
-            ]
-            picture = torch.from_numpy(crop.copy()).permute(2, 0, 1)
-            for change, amount in recolour:
-                picture = change(picture, amount)
-            inner = (
-                slice(top * scale - t, top * scale - t + size),
-                slice(left * scale - left_edge, left * scale - left_edge + size),
-            )
-            item[kind] = picture[:, *inner]
-            if kind in self.edges:
-                edges = canny(picture.permute(1, 2, 0).numpy())
-                item[f"{kind}_edges"] = torch.from_numpy(edges)[None, *inner]
+        area = slice(top, top + draw.size), slice(left, left + draw.size)
+        item = crop_pair(lr, hr, area, self.edges, changes, quality if compressed else None)
         item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
-        return item | {"softness": torch.from_numpy(rng.random(2, dtype=np.float32))}
+        return item | {"softness": softness}
 
 
-def draw_colours(rng: np.random.Generator) -> list[tuple]:
-    """(function, amount) of the colour changes to make, each with probability one half."""
+def crop_pair(
+    lr: np.ndarray,
+    hr: np.ndarray,
+    area: Area,
+    edges: tuple[str, ...],
+    changes: list[tuple] = (),
+    quality: int | None = None,
+) -> dict[str, Tensor]:
+    """Returns the crops of an LR and an HR image at one place, as an item of `PairedTiles`.
+
+    Recolouring, JPEG and Canny see a margin around the crop, so that nothing begins at its border.
+
+    Args:
+        lr, hr: `(H, W, 3)` and `(4H, 4W, 3)` uint8, RGB.
+        area: of the LR image.
+        changes: of `draw_colors`, the same for LR and HR.
+        quality: of the JPEG that the LR crop passes through; None for none.
+    """
+    outer = grow(area, CANNY_REACH, lr.shape)
+    inner, item = within(area, outer), {}
+    for kind, image, scale in (("lr", lr, 1), ("hr", hr, SCALE)):
+        crop = to_tensor(image[scaled(outer, scale)])[0]
+        for change, amount in changes:
+            crop = change(crop, amount)
+        if kind == "lr" and quality is not None:
+            crop = through_jpeg(crop, quality)
+        item[kind] = crop[:, *scaled(inner, scale)]
+        if kind in edges:
+            found = canny(crop.permute(1, 2, 0).numpy())
+            item[f"{kind}_edges"] = torch.from_numpy(found)[None, *scaled(inner, scale)]
+    return item
+
+
+def draw_colors(rng: np.random.Generator) -> list[tuple]:
+    """Returns (function, amount) of the colour changes to make, each with probability one half."""
     ranges = [
         (transforms.adjust_brightness, 0.8, 1.2),
         (transforms.adjust_contrast, 0.8, 1.2),
@@ -219,6 +226,14 @@ def draw_colours(rng: np.random.Generator) -> list[tuple]:
     return [each for each, keep in zip(drawn, rng.random(len(drawn)) < 0.5, strict=True) if keep]
 
 
-def turn(picture: Tensor, flip: bool, turns: int) -> Tensor:
-    """Mirrors a (C, H, W) picture left to right if asked to, then turns it by quarters."""
-    return torch.rot90(picture.flip(-1) if flip else picture, turns, (-2, -1))
+def through_jpeg(image: Tensor, quality: int) -> Tensor:
+    """Returns a (3, H, W) uint8 image as JPEG of a quality of 0 to 100 gives it back."""
+    bgr = image.flip(0).permute(1, 2, 0).contiguous().numpy()
+    _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    decoded = torch.from_numpy(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
+    return decoded.permute(2, 0, 1).flip(0)
+
+
+def turn(image: Tensor, flip: bool, turns: int) -> Tensor:
+    """Returns a (C, H, W) image, mirrored left to right if asked to, then turned by quarters."""
+    return torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))

@@ -1,13 +1,13 @@
-"""From an LR picture to its HR edges and its HR picture, in windows, whatever its size.
+"""From an LR image to its HR edges and its HR image, in windows, whatever its size.
 
-A window is computed with a halo of its surroundings, of which the result is then freed, so that
-windows meet without seams. Memory depends on the windows; of the picture itself only 8-bit
-copies and one edge map are kept.
+A window is computed with a halo of its surroundings, which is then cut off, so that windows meet
+without seams. Memory depends on the windows; of the image itself only 8-bit copies are kept.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,49 +15,126 @@ from torch import nn
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dataset import CANNY_REACH, canny, to_tensor
-from models import EdgeGenerator, Generator, SRResNet
-from tiles import SCALE
-from training import Runtime
+from device import Device, DeviceError, release_freed_memory, to_image, to_tensor
+from images import CANNY_REACH, canny
+from models import EdgeGenerator, Generator, SRResNet, load_network
+from tiles import grow, scaled, shape_of, whole, windows, within
 
-# LR pixels a side, and around it. The trunk looks far but costs little, rendering the reverse.
-EDGE_WINDOW, EDGE_HALO = 120, 12
-TRUNK_WINDOW, TRUNK_HALO = 300, 16
-RENDER_WINDOW, RENDER_HALO = 90, 4
-
+EDGE_HALO, TRUNK_HALO, RENDER_HALO = 12, 16, 4  # LR pixels around a window
+SMALLEST_SIDE = 3  # LR pixels that the edge generator needs, to reflect two of them
 EDGE_SHARE = 0.28  # of the multiply-adds of both generators
+BYTES_PER_PIXEL = 21_000  # of a window at LR size in two-byte precision; 6.9 GiB at 600 x 600
+LARGEST_WINDOW, SMALLEST_WINDOW = 1024, 24
 
-Area = tuple[slice, slice]  # rows and columns of a picture
+Progress = Callable[[float], object]
 
 
-def enlarge(
-    lr: np.ndarray,
-    generator: SRResNet,
-    edge_generator: EdgeGenerator | None,
-    run: Runtime,
-    progress: Callable[[float], object] = lambda _: None,
-) -> np.ndarray:
-    """The whole of Edge.SRGAN: picture in, picture out.
+@dataclass(frozen=True)
+class Windows:
+    """Sides of the windows in LR pixels, those of rendering lying within those of the trunk.
+
+    The trunk looks far but costs little, rendering the reverse. The defaults keep a processor's
+    caches busy.
+    """
+
+    edges: int = 120
+    trunk: int = 300
+    render: int = 90
+
+    @classmethod
+    def of(cls, device: Device) -> "Windows":
+        """Returns the windows that suit a device: on a GPU, what half of its free memory holds."""
+        free = device.free_bytes()
+        if free is None:
+            return cls()
+        side = int((free / 2 / BYTES_PER_PIXEL / (device.dtype.itemsize / 2)) ** 0.5)
+        side = max(SMALLEST_WINDOW, min(side, LARGEST_WINDOW))
+        return cls(side, side, side)
+
+    def halved(self) -> "Windows":
+        """Returns windows of half the side.
+
+        Raises:
+            DeviceError: they are as small as can be.
+        """
+        if self.render <= SMALLEST_WINDOW:
+            raise DeviceError(
+                "The GPU's memory is too small even for the smallest windows;"
+                " end other programs that use it, or give --device cpu"
+            )
+        return Windows(self.edges // 2, self.trunk // 2, self.render // 2)
+
+
+class Enlarger:
+    """The whole of Edge.SRGAN: image in, image out.
 
     Args:
-        lr: `(H, W, 3)` uint8, RGB.
-        generator: a `Generator`, or an `SRResNet`, which needs no edges; from `for_inference`.
-        edge_generator: from `for_inference`; needed for a `Generator`.
-        progress: told, after every window, what part of the work that was.
-
-    Returns:
-        `(4H, 4W, 3)` uint8, RGB.
+        generator: a `Generator`, or an `SRResNet`, which needs no edges; None: edges only.
+        edge_generator: needed for a `Generator` unless it is given edges.
     """
-    pixels = lr.shape[0] * lr.shape[1]
-    hr_edges, share = None, 0.0
-    if isinstance(generator, Generator):
-        share = EDGE_SHARE
-        hr_edges = predict_edges(lr, edge_generator, run, lambda n: progress(share * n / pixels))
-    return render(lr, generator, hr_edges, run, lambda n: progress((1 - share) * n / pixels))
+
+    def __init__(
+        self, generator: SRResNet | None, edge_generator: EdgeGenerator | None, device: Device
+    ) -> None:
+        self.device, self.windows = device, Windows.of(device)
+        self.generator = generator and for_inference(generator, device)
+        self.edge_generator = edge_generator and for_inference(edge_generator, device)
+        device.expect_one_shape(True)
+
+    @classmethod
+    def load(cls, generator: Path, edge_generator: Path, device: Device) -> "Enlarger":
+        """Returns the enlarger with the networks of two weight files.
+
+        Raises:
+            WeightError: a file that is needed is not there, or holds another network.
+        """
+        network = load_network(generator, Generator, SRResNet)
+        needs_edges = isinstance(network, Generator)
+        edges = load_network(edge_generator, EdgeGenerator) if needs_edges else None
+        return cls(network, edges, device)
+
+    def __call__(
+        self, lr: np.ndarray, edges: np.ndarray | None = None, progress: Progress = lambda _: None
+    ) -> np.ndarray:
+        """Returns the HR image of an LR image; a grey one's is grey.
+
+        Args:
+            lr: `(H, W, 3)` uint8, RGB.
+            edges: HR edges to use instead of predicted ones, `(4H, 4W)` uint8 in [0, 255].
+            progress: called after every window with the part of the work that it was.
+
+        Returns:
+            `(4H, 4W, 3)` uint8, RGB.
+
+        Raises:
+            DeviceError: the GPU's memory does not suffice for the smallest windows.
+        """
+        share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
+        if share:
+            edges = self.predict_edges(lr, lambda part: progress(share * part))
+        sr = self._in_windows(render, lr, edges, lambda part: progress((1 - share) * part))
+        release_freed_memory()
+        if (lr == lr[..., :1]).all():
+            sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)
+        return sr
+
+    def predict_edges(self, lr: np.ndarray, progress: Progress = lambda _: None) -> np.ndarray:
+        """Returns the HR edges of an LR image, `(4H, 4W)` uint8 in [0, 255]."""
+        return self._in_windows(predict_edges, lr, progress)
+
+    def _in_windows(self, function: Callable[..., np.ndarray], *arguments: object) -> np.ndarray:
+        """Calls a function, with smaller windows where memory runs out."""
+        network = self.edge_generator if function is predict_edges else self.generator
+        while True:
+            try:
+                return function(*arguments[:1], network, self.device, self.windows, *arguments[1:])
+            except torch.OutOfMemoryError:
+                self.windows = self.windows.halved()
+                torch.cuda.empty_cache()
 
 
-def for_inference(network: nn.Module, run: Runtime) -> nn.Module:
-    """A copy of a network with spectral and batch norms folded into its convolutions."""
+def for_inference(network: nn.Module, device: Device) -> nn.Module:
+    """Returns a copy of a network with spectral and batch norms folded into its convolutions."""
     copy = type(network)(**network.arguments)
     copy.load_state_dict(network.state_dict())
     copy.eval()
@@ -71,112 +148,75 @@ def for_inference(network: nn.Module, run: Runtime) -> nn.Module:
                 setattr(module, name, nn.Identity())
             elif isinstance(child, nn.PReLU):
                 setattr(module, name, nn.LeakyReLU(child.weight.item(), inplace=True))
-    return run.place(copy.requires_grad_(False))
+    return device.place(copy.requires_grad_(False))
 
 
 @torch.inference_mode()
 def predict_edges(
     lr: np.ndarray,
     edge_generator: EdgeGenerator,
-    run: Runtime,
-    progress: Callable[[int], object] = lambda _: None,
+    device: Device,
+    sizes: Windows,
+    progress: Progress = lambda _: None,
 ) -> np.ndarray:
-    """HR edges `(4H, 4W)` float16 in [0, 1] of an LR picture `(H, W, 3)` uint8.
+    """Returns the HR edges of an LR image.
 
     Args:
-        edge_generator: from `for_inference`.
-        progress: told, after every window, how many LR pixels are done.
+        lr: `(H, W, 3)` uint8, RGB.
+        edge_generator: of `for_inference`.
+        progress: called after every window with the part of the work that it was.
+
+    Returns:
+        `(4H, 4W)` uint8: probability times 255.
     """
-    height, width, _ = lr.shape
-    edges = np.empty((SCALE * height, SCALE * width), np.float16)
-    for core in windows((slice(0, height), slice(0, width)), EDGE_WINDOW):
-        seen = grow(core, EDGE_HALO, lr)
-        around = grow(seen, CANNY_REACH, lr)
+    asked = whole(lr.shape)
+    missing = [(0, max(0, SMALLEST_SIDE - side)) for side in lr.shape[:2]]
+    if any(map(any, missing)):
+        lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
+    area = whole(lr.shape)
+    edges = np.empty(shape_of(scaled(area)), np.uint8)
+    for core, seen in windows(area, sizes.edges, EDGE_HALO, lr.shape):
+        around = grow(seen, CANNY_REACH, lr.shape)
         lr_edges = canny(lr[around])[within(seen, around)]
-        picture = run.send(to_tensor(lr[seen])) / 255
-        with run.autocast():
-            predicted = edge_generator(picture, run.send(to_tensor(lr_edges[..., None])))
-        inner = scaled(within(core, seen))
-        edges[scaled(core)] = predicted[0, 0, *inner].half().cpu().numpy()
-        progress(area_of(core))
-    return edges
+        inputs = [device.send(to_tensor(each)) for each in (lr[seen], lr_edges)]
+        with device.autocast():
+            predicted = edge_generator(*inputs)
+        edges[scaled(core)] = to_image(predicted)[scaled(within(core, seen))][..., 0]
+        progress(prod(shape_of(core)) / prod(lr.shape[:2]))
+    return edges[scaled(asked)]
 
 
 @torch.inference_mode()
 def render(
     lr: np.ndarray,
     generator: SRResNet,
-    hr_edges: np.ndarray | None,
-    run: Runtime,
-    progress: Callable[[int], object] = lambda _: None,
+    device: Device,
+    sizes: Windows,
+    edges: np.ndarray | None = None,
+    progress: Progress = lambda _: None,
 ) -> np.ndarray:
-    """HR picture `(4H, 4W, 3)` uint8 of an LR picture `(H, W, 3)` uint8 and its HR edges.
+    """Returns the HR image of an LR image and its HR edges.
 
     Args:
-        generator: from `for_inference`.
-        hr_edges: `(4H, 4W)` in [0, 1] for a `Generator`, None for an `SRResNet`.
-        progress: told, after every window, how many LR pixels are done.
+        lr: `(H, W, 3)` uint8, RGB.
+        generator: of `for_inference`.
+        edges: `(4H, 4W)` uint8 for a `Generator`; an `SRResNet` needs none.
+        progress: called after every window with the part of the work that it was.
+
+    Returns:
+        `(4H, 4W, 3)` uint8, RGB.
     """
-    height, width, _ = lr.shape
-    hr = np.empty((SCALE * height, SCALE * width, 3), np.uint8)
-    for block in windows((slice(0, height), slice(0, width)), TRUNK_WINDOW):
-        seen = grow(block, TRUNK_HALO, lr)
-        with run.autocast():
-            features = generator.trunk(run.send(to_tensor(lr[seen])) / 127.5 - 1)
-        for core in windows(block, RENDER_WINDOW):
-            around = grow(core, RENDER_HALO, lr)
+    area = whole(lr.shape)
+    hr = np.empty((*shape_of(scaled(area)), 3), np.uint8)
+    for block, seen in windows(area, sizes.trunk, TRUNK_HALO, lr.shape):
+        with device.autocast():
+            features = generator.trunk(device.send(to_tensor(lr[seen])))
+        for core, around in windows(block, sizes.render, RENDER_HALO, lr.shape):
             inputs = [features[:, :, *within(around, seen)]]
-            if hr_edges is not None:
-                edges = hr_edges[scaled(around)][..., None]
-                inputs.append(run.send(to_tensor(edges)) * 2 - 1)
-            with run.autocast():
+            if isinstance(generator, Generator):
+                inputs.append(device.send(to_tensor(edges[scaled(around)])))
+            with device.autocast():
                 sr = generator.render(*inputs)
-            sr = sr[0, :, *scaled(within(core, around))].permute(1, 2, 0)
-            hr[scaled(core)] = ((sr + 1) * 127.5).round().byte().cpu().numpy()
-            progress(area_of(core))
+            hr[scaled(core)] = to_image(sr[:, :, *scaled(within(core, around))])
+            progress(prod(shape_of(core)) / prod(lr.shape[:2]))
     return hr
-
-
-# Areas ----------------------------------------------------------------------------------------
-
-
-def windows(area: Area, size: int) -> Iterator[Area]:
-    """Divides an area into windows of about the same size, at most `size` pixels a side."""
-    rows, cols = (_divide(side, size) for side in area)
-    return ((row, col) for row in rows for col in cols)
-
-
-def _divide(side: slice, size: int) -> list[slice]:
-    length = side.stop - side.start
-    count = math.ceil(length / size)
-    cuts = [side.start + i * length // count for i in range(count + 1)]
-    return [slice(*pair) for pair in pairwise(cuts)]
-
-
-def area_of(area: Area) -> int:
-    """Its number of pixels."""
-    return math.prod(side.stop - side.start for side in area)
-
-
-def grow(area: Area, halo: int, picture: np.ndarray) -> Area:
-    """The area and `halo` pixels around it, as far as the picture reaches."""
-    rows, cols = (
-        slice(max(side.start - halo, 0), min(side.stop + halo, length))
-        for side, length in zip(area, picture.shape[:2], strict=True)
-    )
-    return rows, cols
-
-
-def within(area: Area, outer: Area) -> Area:
-    """Where an area lies in an array that holds only `outer`."""
-    rows, cols = (
-        slice(side.start - around.start, side.stop - around.start)
-        for side, around in zip(area, outer, strict=True)
-    )
-    return rows, cols
-
-
-def scaled(area: Area) -> Area:
-    """The area of the HR picture that belongs to one of the LR picture."""
-    rows, cols = (slice(SCALE * side.start, SCALE * side.stop) for side in area)
-    return rows, cols

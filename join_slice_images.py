@@ -1,16 +1,20 @@
-"""Step 3: joins the HR tiles that `main.py test` wrote into whole pictures.
+"""Step 3: joins the HR tiles that `main.py test` wrote into whole images.
 
     python join_slice_images.py [--root DIR] [--tiles 6] [--pad 8] [--workers N]
 
-The tiles in TestSet/600px/output move into `output/{id}/`, the joined picture is
-`output/final/candidate_{id}.png`. Neighbouring tiles are cross-faded where they overlap.
+The tiles in TestSet/600px/output move into `output/{id}/`, the joined image is
+`output/final/candidate_{id}.png`. Neighbouring tiles are cross-faded where they overlap. What
+tiles cannot hold (transparency, colour profile, EXIF data) comes from the LR image.
 """
 
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
+from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, say, warn
+from images import read_image, read_photo, write_image
 from tiles import (
     JOINED,
     LR,
@@ -19,92 +23,74 @@ from tiles import (
     SCALE,
     TEST,
     Grid,
-    PictureError,
-    find_pictures,
+    Position,
+    check_tiles,
+    even_int,
+    find_images,
     find_tiles,
-    in_parallel,
     join,
-    picture_id,
-    picture_size,
-    read_picture,
-    tile_name,
-    write_png,
+    tile_stamp,
 )
+
+REMEDY = "run `python main.py test` again, with the same --tiles and --pad"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Joins all pictures below `--root`; returns 1 if any had to be left out, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=ROOT, help="holds TestSet/")
-    parser.add_argument("--tiles", type=int, default=6, help="as the pictures were sliced")
-    parser.add_argument("--pad", type=int, default=8, help="as the pictures were sliced")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads")
+    """Joins all images below `--root`; returns 1 if any had to be left out, else 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--root", type=existing_folder, default=ROOT, help="folder of TestSet/")
+    add("--tiles", type=positive_int, default=6, help="as the images were sliced")
+    add("--pad", type=even_int, default=8, help="as the images were sliced")
+    add("--workers", type=positive_int, default=os.cpu_count(), help="threads")
     options = parser.parse_args(argv)
-    if not options.root.is_dir():
-        parser.error(f"--root: there is no folder {options.root}")
 
-    folder = options.root / TEST / LR
-    pictures, left_out = find_pictures(folder)
-    fresh = find_tiles(folder / OUTPUT)
-    for name in fresh.keys() - pictures.keys():
-        tile = next(iter(fresh[name].values()))
-        left_out.append(f"{tile}: belongs to no picture in {folder}; remove it and its like")
-    jobs = [
-        (path, folder / OUTPUT, fresh.get(name, {}), options.tiles, options.pad)
-        for name, path in pictures.items()
-    ]
-    left_out += in_parallel(join_picture, jobs, options.workers, "Joining")
-    if not pictures:
-        print(f"{folder}: no pictures")
-    for complaint in left_out:
-        print(f"Left out {complaint}", file=sys.stderr)
+    with plain_errors():
+        start, folder = time.monotonic(), options.root / TEST / LR
+        images, left_out = find_images(folder)
+        fresh = find_tiles(folder / OUTPUT)
+        for name in sorted(fresh.keys() - images.keys()):
+            tile = next(iter(fresh[name].values()))
+            left_out.append(f"{tile}: belongs to no image in {folder}; remove it and its like")
+        if not images and not left_out:
+            raise UserError(f"{folder}: no images; put some there, then slice and test them")
+        jobs = [
+            (path, name, folder / OUTPUT, fresh.get(name, {}), options.tiles, options.pad)
+            for name, path in images.items()
+        ]
+        done, problems = in_parallel(join_image, jobs, options.workers, "Joining")
+        left_out += problems
+        for problem in left_out:
+            warn(f"Left out {problem}")
+        where, seconds = folder / OUTPUT / JOINED, time.monotonic() - start
+        say(f"Joined: {done} images, left out: {len(left_out)}, in {seconds:.1f} s: {where}")
     return 1 if left_out else 0
 
 
-def join_picture(
-    lr_path: Path, output: Path, fresh: dict[tuple[int, int], Path], tiles: int, pad: int
+def join_image(
+    lr_path: Path, name: str, output: Path, fresh: dict[Position, Path], tiles: int, pad: int
 ) -> list[str]:
-    """Joins one picture from its tiles, the fresh ones first, then those moved earlier.
+    """Joins one image from its tiles, the fresh ones first, then those moved earlier.
 
     Returns:
-        Why the picture had to be left out, if it had to be.
+        A sentence for everything that the result cannot carry.
+
+    Raises:
+        ImageError: the tiles are incomplete, or not all made from the image as it is now.
     """
-    name = picture_id(lr_path)
+    grid = Grid.of(lr_path, tiles, pad)
     moved = output / name
-    try:
-        grid = Grid.of(lr_path, tiles, pad)
-        found = find_tiles(moved).get(name, {}) | fresh
-        check_tiles(name, output, found, grid)
-        picture = join({at: read_picture(path) for at, path in found.items()}, grid, SCALE)
-        (output / JOINED).mkdir(parents=True, exist_ok=True)
-        write_png(output / JOINED / f"candidate_{name}.png", picture)
-    except PictureError as error:
-        return [str(error)]
+    found = find_tiles(moved).get(name, {}) | fresh
+    stamp = check_tiles(name, found, grid, tile_stamp(lr_path, grid), REMEDY, SCALE)
+    sr = join({at: read_image(path) for at, path in found.items()}, grid, SCALE)
+    (output / JOINED).mkdir(parents=True, exist_ok=True)
+    notes = write_image(output / JOINED / f"candidate_{name}.png", sr, read_photo(lr_path), stamp)
     moved.mkdir(exist_ok=True)
     for path in fresh.values():
         path.replace(moved / path.name)
-    return []
-
-
-def check_tiles(name: str, output: Path, found: dict[tuple[int, int], Path], grid: Grid) -> None:
-    """Raises PictureError unless exactly the tiles of the grid are there, each of its size."""
-    wanted = set(grid)
-    if not found:
-        raise PictureError(f"{name}: has no tiles in {output}; run `python main.py test`")
-    if missing := sorted(wanted - found.keys()):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise PictureError(
-            f"{output / tile_name(name, *missing[0])}: missing{more}; run `python main.py test`"
-        )
-    if foreign := sorted(found.keys() - wanted):
-        raise PictureError(f"{found[foreign[0]]}: not one of {grid.tiles}x{grid.tiles}; remove it")
-    for position, path in found.items():
-        size, expected = picture_size(path), grid.tile_shape(*position, SCALE)
-        if size != expected:
-            raise PictureError(
-                f"{path}: {size[1]}x{size[0]} pixels instead of {expected[1]}x{expected[0]};"
-                " join with the --tiles and --pad of the slicing, or slice and test it again"
-            )
+    return [f"{lr_path}: {note}" for note in notes]
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""The four networks of Edge.SRGAN, the baseline they start from, and their weight files.
+"""The four networks of Edge.SRGAN, the SRResNet they start from, and their weight files.
 
 Edge generator and discriminator: Nazeri et al., Edge-Informed Single Image Super-Resolution,
 arXiv 1909.05305, section 3.1. HR generator and discriminator: Ledig et al., SRGAN,
-arXiv 1609.04802, figure 4, the generator extended by an edge stage. The attribute names are
-those of the published checkpoints, so these load as they are.
+arXiv 1609.04802, figure 4, the generator extended by an edge stage.
 
-Shapes: LR pictures are (N, 3, H, W), HR pictures (N, 3, 4H, 4W), LR edges (N, 1, H, W), HR
-edges (N, 1, 4H, 4W); float.
+Images and edges enter and leave every network in [0, 1], float. LR images are (N, 3, H, W), HR
+images (N, 3, 4H, 4W), LR edges (N, 1, H, W), HR edges (N, 1, 4H, 4W).
 """
 
+import re
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from tiles import SCALE, replacing
+from console import UserError
+from device import SumOverProcesses
+from images import replacing
+from tiles import SCALE
 
 # Layers ---------------------------------------------------------------------------------------
 
@@ -46,7 +52,7 @@ class PReLU(nn.PReLU):
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """Every channel of every picture to mean 0 and variance 1."""
+    """Every channel of every image to mean 0 and variance 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1:  # then it is batch norm, which PyTorch has a faster kernel for
@@ -54,11 +60,31 @@ class InstanceNorm(nn.InstanceNorm2d):
         return super().forward(x)
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes that train, on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        exact = x.float()
+        moments = torch.stack([exact.mean((0, 2, 3)), (exact * exact).mean((0, 2, 3))])
+        mean, square = SumOverProcesses.apply(moments) / dist.get_world_size()
+        var = (square - mean**2).clamp(min=0)
+        with torch.no_grad():
+            count = x.numel() / x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        return (exact * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
+
+
 # Edges ----------------------------------------------------------------------------------------
 
 
 class EdgeGenerator(nn.Module):
-    """Predicts the HR picture's Canny edges from the LR picture and its Canny edges.
+    """Predicts the HR image's Canny edges from the LR image and its Canny edges.
 
     Args:
         width: channels of the first convolution.
@@ -93,7 +119,7 @@ class EdgeGenerator(nn.Module):
         )
 
     def forward(self, lr: Tensor, lr_edges: Tensor) -> Tensor:
-        """HR edges in [0, 1] from `lr` in [0, 1] and `lr_edges` in {0, 1}."""
+        """Returns the probability of an HR edge, float32."""
         x = torch.cat([lr, lr_edges], dim=1)
         x = F.interpolate(x, scale_factor=SCALE, mode="nearest")
         return torch.sigmoid(self.decoder(self.middle(self.encoder(x))).float())
@@ -119,7 +145,7 @@ class EdgeResidualBlock(nn.Module):
 
 
 class EdgeDiscriminator(nn.Module):
-    """PatchGAN: tells true from predicted edges, a patch at a time, given the HR picture.
+    """PatchGAN: tells Canny's edges from predicted ones, a patch at a time, given the HR image.
 
     Args:
         width: channels of the first convolution.
@@ -127,30 +153,25 @@ class EdgeDiscriminator(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.arguments = {"width": width}
-        channels = [4, width, 2 * width, 4 * width, 8 * width, 1]
-        for i, stride in enumerate([2, 2, 2, 1, 1], start=1):
-            conv = nn.Conv2d(channels[i - 1], channels[i], 4, stride, padding=1, bias=False)
-            setattr(self, f"conv{i}", nn.Sequential(spectral_norm(conv)))
-            if i < 5:
-                getattr(self, f"conv{i}").append(nn.LeakyReLU(0.2))
+        channels, strides = [4, width, 2 * width, 4 * width, 8 * width, 1], [2, 2, 2, 1, 1]
+        self.convs = nn.ModuleList(
+            spectral_norm(nn.Conv2d(into, out, 4, stride, padding=1, bias=False))
+            for (into, out), stride in zip(pairwise(channels), strides, strict=True)
+        )
 
     def forward(self, hr: Tensor, hr_edges: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Unbounded scores, one for every 8 x 8 pixels or so, and the five feature maps.
-
-        Args:
-            hr: HR picture in [0, 1].
-            hr_edges: in [0, 1].
-        """
+        """Returns unbounded scores, one per 8 x 8 pixels or so, and the five feature maps."""
         x = torch.cat([hr, hr_edges], dim=1)
         features = []
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):
+        for conv in self.convs:
             x = conv(x)
+            if conv is not self.convs[-1]:
+                x = F.leaky_relu(x, 0.2)
             features.append(x)
         return x, features
 
 
-# Pictures -------------------------------------------------------------------------------------
+# Images ---------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -159,9 +180,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.prelu = PReLU()
         nn.init.zeros_(self.bn2.weight)
 
@@ -193,30 +214,29 @@ class SRResNet(nn.Module):
     def __init__(self, width: int = 64, blocks: int = 20) -> None:
         super().__init__()
         self.arguments = {"width": width, "blocks": blocks}
-        self.blocks = blocks
         self.conv1 = nn.Conv2d(3, width, 9, padding=4)
         self.prelu = PReLU()
-        for i in range(1, blocks + 1):
-            setattr(self, f"residual_block{i}", ResidualBlock(width))
+        self.residual_blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.upsample1 = UpsamplingBlock(width)
         self.upsample2 = UpsamplingBlock(width)
         self.conv5 = FewChannelConv(width, 3, 9, padding=4)
 
     def trunk(self, lr: Tensor) -> Tensor:
-        """(N, width, H, W) features from `lr` in [-1, 1]: the stage at LR size."""
-        first = x = self.prelu(self.conv1(lr))
-        for i in range(1, self.blocks + 1):
-            x = getattr(self, f"residual_block{i}")(x)
-        return first + self.bn2(self.conv2(x))
+        """Returns (N, width, H, W) features: the stage at LR size."""
+        first = self.prelu(self.conv1(2 * lr - 1))
+        return first + self.bn2(self.conv2(self.residual_blocks(first)))
 
     def render(self, features: Tensor) -> Tensor:
-        """HR picture in [-1, 1] from the trunk's features: the stage at HR size."""
-        return torch.tanh(self.conv5(self.upsample2(self.upsample1(features))).float())
+        """Returns the HR image, float32, of the trunk's features: the stage at HR size."""
+        return self.to_image(self.upsample2(self.upsample1(features)))
+
+    def to_image(self, x: Tensor) -> Tensor:
+        """Returns the image of the last features, by way of tanh's [-1, 1]."""
+        return (torch.tanh(self.conv5(x).float()) + 1) / 2
 
     def forward(self, lr: Tensor) -> Tensor:
-        """HR picture in [-1, 1] from `lr` in [-1, 1]."""
         return self.render(self.trunk(lr))
 
 
@@ -231,34 +251,39 @@ class Generator(SRResNet):
     def __init__(self, width: int = 64, blocks: int = 20) -> None:
         super().__init__(width, blocks)
         self.conv3 = nn.Conv2d(width + 1, 2 * width, 3, padding=1)
-        for i in range(1, blocks // 4 + 1):
-            setattr(self, f"residual_block_edges{i}", ResidualBlock(2 * width))
+        self.residual_blocks_edges = nn.Sequential(
+            *(ResidualBlock(2 * width) for _ in range(blocks // 4))
+        )
         self.conv4 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.bn4 = nn.BatchNorm2d(2 * width)
+        self.bn4 = BatchNorm2d(2 * width)
         self.conv5 = FewChannelConv(2 * width, 3, 9, padding=4)
 
     def render(self, features: Tensor, hr_edges: Tensor) -> Tensor:
-        """HR picture in [-1, 1] from the trunk's features and `hr_edges` in [-1, 1]."""
-        x = torch.cat([self.upsample2(self.upsample1(features)), hr_edges], dim=1)
-        first = x = self.prelu(self.conv3(x))
-        for i in range(1, self.blocks // 4 + 1):
-            x = getattr(self, f"residual_block_edges{i}")(x)
-        x = first + self.bn4(self.conv4(x))
-        return torch.tanh(self.conv5(x).float())
+        """Returns the HR image, float32, of the trunk's features and the HR edges."""
+        x = self.upsample2(self.upsample1(features))
+        x = torch.cat([x, (2 * hr_edges - 1).to(x.dtype)], dim=1)
+        first = self.prelu(self.conv3(x))
+        return self.to_image(first + self.bn4(self.conv4(self.residual_blocks_edges(first))))
 
     def forward(self, lr: Tensor, hr_edges: Tensor) -> Tensor:
-        """HR picture in [-1, 1] from `lr` in [-1, 1] and `hr_edges` in [-1, 1]."""
         return self.render(self.trunk(lr), hr_edges)
+
+    @property
+    def edge_stage(self) -> list[nn.Module]:
+        """Returns what SRResNet lacks, or has in another shape."""
+        return [self.conv3, self.residual_blocks_edges, self.conv4, self.bn4, self.conv5]
 
     @classmethod
     def from_trunk(cls, trunk: SRResNet) -> "Generator":
-        """A generator that gives the trunk's own pictures, whatever the edges, until trained.
+        """Returns a generator of the trunk's own images, whatever the edges, until trained.
 
         The edge stage starts with the features and their negatives; what a PReLU of slope a
         makes of the two differs by (1 + a) times the feature, which the last convolution undoes.
         """
         generator = cls(**trunk.arguments)
-        generator.load_state_dict(trunk.state_dict() | generator.edge_state())
+        own = generator.state_dict()
+        shared = {k: v for k, v in trunk.state_dict().items() if not k.startswith("conv5.")}
+        generator.load_state_dict(own | shared)
         with torch.no_grad():
             channels = torch.arange(trunk.arguments["width"])
             for parameter in (generator.conv3.weight, generator.conv3.bias, generator.bn4.weight):
@@ -270,14 +295,9 @@ class Generator(SRResNet):
             generator.conv5.bias.copy_(trunk.conv5.bias)
         return generator
 
-    def edge_state(self) -> dict[str, Tensor]:
-        """The part of the state dict that SRResNet lacks or has in another shape."""
-        stages = ("conv3.", "residual_block_edges", "conv4.", "bn4.", "conv5.")
-        return {key: value for key, value in self.state_dict().items() if key.startswith(stages)}
-
 
 class Discriminator(nn.Module):
-    """Tells true HR pictures from generated ones; of any size.
+    """Tells true HR images from generated ones; of any size.
 
     Args:
         width: channels of the first convolution.
@@ -285,87 +305,115 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.arguments = {"width": width}
-        channels = [3, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width]
-        channels.append(8 * width)
-        for i in range(1, 9):
-            stride = 2 - i % 2
-            conv = nn.Conv2d(channels[i - 1], channels[i], 3, stride, padding=1)
-            setattr(self, f"conv{i}", conv)
-            if i > 1:
-                setattr(self, f"bn{i}", nn.BatchNorm2d(channels[i]))
-        self.conv9 = nn.Conv2d(8 * width, 1, 1)
+        channels = [width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.SiLU()]
+        for i, (into, out) in enumerate(pairwise(channels)):
+            conv = nn.Conv2d(into, out, 3, stride=2 - i % 2, padding=1)
+            layers += [conv, BatchNorm2d(out), nn.SiLU()]
+        # the padding of a 1 x 1 convolution is the original's: a ring of bias joins the mean
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 1, padding=1))
 
     def forward(self, hr: Tensor) -> Tensor:
-        """(N,) probability of being true, in [0, 1], float32, from `hr` in [-1, 1]."""
-        x = F.silu(self.conv1(hr))
-        for i in range(2, 9):
-            x = F.silu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
-        return torch.sigmoid(self.conv9(x).float().mean(dim=(1, 2, 3)))
+        """Returns the (N,) probability of being true, in [0, 1], float32."""
+        return torch.sigmoid(self.layers(2 * hr - 1).float().mean(dim=(1, 2, 3)))
 
 
 # Weight files ---------------------------------------------------------------------------------
 
 
-class WeightError(Exception):
-    """A weight file cannot be used; the message names it and the way out."""
-
-
-NETWORKS = {
-    cls.__name__: cls
-    for cls in (EdgeGenerator, EdgeDiscriminator, SRResNet, Generator, Discriminator)
-}
+class WeightError(UserError):
+    """A weight file cannot be used."""
 
 
 def save_network(network: nn.Module, path: Path) -> None:
-    """Writes a network's weights, halved in precision, and what it takes to build it again."""
-    state = {
-        key: value.half() if value.ndim > 1 else value  # vectors weigh nothing
-        for key, value in network.state_dict().items()
-    }
-    content = {
-        "network": type(network).__name__,
-        "arguments": network.arguments,
-        "state_dict": state,
-    }
-    save_file(content, path)
+    """Writes a network's weights, those of more than one dimension in half precision."""
+    state = {key: halved(value) for key, value in network.state_dict().items()}
+    save_file({"network": type(network).__name__, "state_dict": state}, path)
 
 
-def load_network(path: Path) -> nn.Module:
-    """The network a file of `save_network`, or a published Edge.SRGAN checkpoint, holds.
+def halved(value: Tensor) -> Tensor:
+    """Returns a tensor in half precision unless it is a vector, or too large for it."""
+    if value.ndim <= 1:
+        return value
+    half = value.half()
+    return half if half.isfinite().all() else value
+
+
+def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
+    """Returns the network in a file of `save_network`, of the published Edge-Informed SISR, of
+    Edge.SRGAN's own training, or in a bare state dict; recognised by its keys and shapes.
+
+    Args:
+        kinds: the classes that will do; any of this module's by default.
 
     Returns:
         The network in float32, in evaluation mode.
 
     Raises:
-        WeightError: there is no such file, or it holds none of this module's networks.
+        WeightError: there is no such file, or it holds no such network.
+    """
+    return build_network(load_state(path), path, *kinds)
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Returns the state dict that a weight file holds, in today's names.
+
+    Raises:
+        WeightError: there is no such file, or it holds none, or a weight that is not finite.
     """
     content = load_file(path)
-    if content.get("network") in NETWORKS:
-        network = NETWORKS[content["network"]](**content["arguments"])
-        state = content["state_dict"]
-    elif "generator" in content:
-        network, state = EdgeGenerator(), content["generator"]
-    elif "state_dict" in content:
-        network, state = Generator(), content["state_dict"]
+    state = content.get("generator", content.get("state_dict", content))
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise WeightError(f"{path}: holds no state dict; give another file")
+    if damaged := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise WeightError(f"{path}: {damaged[0]} is not finite; give a file from before that")
+    return {todays_name(key): value for key, value in state.items()}
+
+
+def todays_name(key: str) -> str:
+    """Returns a weight's name here for its name in a published file or under DataParallel."""
+    key = key.removeprefix("module.")
+    number = r"^residual_block(_edges)?(\d+)\."
+    return re.sub(number, lambda m: f"residual_blocks{m[1] or ''}.{int(m[2]) - 1}.", key)
+
+
+def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module]) -> nn.Module:
+    """Returns the network that a state dict of `load_state` is of; see `load_network`."""
+    if "encoder.1.weight_orig" in state:
+        kind, first, blocks = EdgeGenerator, "encoder.1.weight_orig", "middle."
+    elif "residual_blocks.0.conv1.weight" in state:
+        kind = Generator if "conv3.weight" in state else SRResNet
+        first, blocks = "conv1.weight", "residual_blocks."
     else:
-        raise WeightError(f"{path}: holds none of the networks {', '.join(NETWORKS)}")
+        raise WeightError(f"{path}: holds none of this repository's generators; give another file")
+    if kinds and kind not in kinds:
+        wanted = " or ".join(each.__name__ for each in kinds)
+        raise WeightError(f"{path}: holds {kind.__name__}, not {wanted}; give another file")
     try:
+        width, count = len(state[first]), count_blocks(state, blocks)
+        network = kind(width, count)
         network.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightError(f"{path}: does not fit {type(network).__name__}: {error}") from error
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightError(f"{path}: does not fit {kind.__name__} ({reason})") from error
     return network.eval()
 
 
+def count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """Returns how many numbered modules there are under a prefix."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
+
+
 def save_file(content: dict, path: Path) -> None:
-    """`torch.save` that leaves the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    """Writes a file of tensors and plain values: the whole of it, on the disk, or none."""
+    with replacing(path, durable=True) as temporary:
         torch.save(content, temporary)
 
 
 def load_file(path: Path) -> dict:
-    """`torch.load` onto the CPU, of tensors and plain values only.
+    """Returns what a file of tensors and plain values holds, on the CPU; runs no code in it.
 
     Raises:
         WeightError: there is no such file, or it is damaged, or holds anything else.
@@ -377,5 +425,5 @@ def load_file(path: Path) -> dict:
     except Exception as error:
         raise WeightError(f"{path}: not a weight file, or a damaged one; give another") from error
     if not isinstance(content, dict):
-        raise WeightError(f"{path}: holds no state dict")
+        raise WeightError(f"{path}: holds no state dict; give another file")
     return content

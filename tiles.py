@@ -1,47 +1,125 @@
-"""Pictures and tiles on disk: names, folders, tile geometry, safe reading and writing.
+"""Areas of images, the grid of tiles, and where images and tiles lie on disk.
 
-Slicing, testing and joining ask this module where tile (row, col) lies. It does not need
-torch. Pictures are `(H, W, 3)` uint8 arrays, RGB, in [0, 255]; LR is the picture to enlarge,
-HR the one `SCALE` times its size.
+Slicing, testing, joining, training crops and inference windows all ask this module which pixels
+belong to what. It needs no torch. Images are `(H, W, 3)` uint8, RGB; LR is the image to
+enlarge, HR the one `SCALE` times its size.
 """
 
+import argparse
+import os
 import re
-import struct
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-Image.MAX_IMAGE_PIXELS = None  # the pictures are the user's own, however large
+from images import SUFFIXES, ImageError, image_size, read_stamp
 
 SCALE = 4
 ROOT = Path(__file__).resolve().parent
 TRAINING, TEST = "TrainingSet", "TestSet"
 LR, HR, TILES, OUTPUT, JOINED = "600px", "2400px", "croppedoverl", "output", "final"
-SUFFIXES = {".png", ".jpg", ".jpeg"}
-JPEG = {"JPEG", "MPO"}  # the latter of phones, several pictures in a file
+FOREIGN = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg"} - SUFFIXES
+
+Area = tuple[slice, slice]  # rows and columns of an image
+Position = tuple[int, int]  # row and column of a tile, from 1
 
 
-class PictureError(Exception):
-    """A picture or tile cannot be used; the message names the file and the way out."""
+# Areas ----------------------------------------------------------------------------------------
 
 
-# Geometry -------------------------------------------------------------------------------------
+def whole(shape: tuple[int, ...]) -> Area:
+    """Returns the area of all pixels of an array of shape `(H, W, ...)`."""
+    return slice(0, shape[0]), slice(0, shape[1])
+
+
+def shape_of(area: Area) -> tuple[int, int]:
+    """Returns the height and width of an area."""
+    rows, cols = area
+    return rows.stop - rows.start, cols.stop - cols.start
+
+
+def windows(
+    area: Area, size: int, halo: int, shape: tuple[int, ...]
+) -> Iterator[tuple[Area, Area]]:
+    """Yields (core, seen): cores divide an area, each is seen with at least `halo` pixels around.
+
+    All windows `seen` have one shape, so that memory and tuned kernels serve them all; at the
+    border of the image they reach further inwards instead of beyond it.
+
+    Args:
+        area: of the image; the cores cover it.
+        size: pixels a side that cores have at most, about.
+        halo: pixels around a core, as far as an image of `shape` reaches.
+    """
+    outer = grow(area, halo, shape)
+    rows, cols = (
+        list(_windows_along(*sides, size, halo)) for sides in zip(area, outer, strict=True)
+    )
+    for row, seen_rows in rows:
+        for col, seen_cols in cols:
+            yield (row, col), (seen_rows, seen_cols)
+
+
+def _windows_along(
+    side: slice, outer: slice, size: int, halo: int
+) -> Iterator[tuple[slice, slice]]:
+    """Yields (core, seen) along one side; neighbours meet in the middle of what both see."""
+    length = outer.stop - outer.start
+    count = max(1, -(-(length - 2 * halo) // size))
+    seen = min(length, -(-(length - 2 * halo) // count) + 2 * halo)
+    starts = [outer.start + i * (length - seen) // max(1, count - 1) for i in range(count)]
+    meets = [(a + seen + b) // 2 for a, b in pairwise(starts)]
+    for start, (low, high) in zip(starts, pairwise([side.start, *meets, side.stop]), strict=True):
+        yield slice(low, high), slice(start, start + seen)
+
+
+def grow(area: Area, halo: int, shape: tuple[int, ...]) -> Area:
+    """Returns the area and `halo` pixels around it, as far as an image of `shape` reaches."""
+    rows, cols = (
+        slice(max(side.start - halo, 0), min(side.stop + halo, length))
+        for side, length in zip(area, shape[:2], strict=True)
+    )
+    return rows, cols
+
+
+def within(area: Area, outer: Area) -> Area:
+    """Returns where an area lies in an array that holds only `outer`."""
+    rows, cols = (
+        slice(side.start - around.start, side.stop - around.start)
+        for side, around in zip(area, outer, strict=True)
+    )
+    return rows, cols
+
+
+def scaled(area: Area, scale: int = SCALE) -> Area:
+    """Returns the area that an LR area covers in an image `scale` times as large."""
+    rows, cols = (slice(scale * side.start, scale * side.stop) for side in area)
+    return rows, cols
+
+
+def _part(side: slice, index: int, count: int) -> slice:
+    """Returns part `index`, from 0, of a side that is divided evenly into `count` parts."""
+    length = side.stop - side.start
+    return slice(side.start + index * length // count, side.start + (index + 1) * length // count)
+
+
+# The grid of tiles ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a picture of `height` x `width` LR pixels is cut into `tiles` x `tiles` tiles.
+    """The cut of an image of `height` x `width` LR pixels into `tiles` x `tiles` tiles.
 
-    The cut lines divide the picture evenly. A tile is its cell between two cut lines and
+    The cut lines divide the image evenly. A tile is its cell between two cut lines and
     `pad // 2` LR pixels more on every side, so neighbours share `pad` LR pixels.
+
+    Raises:
+        ImageError: the image has fewer pixels a side than there are to be tiles.
     """
 
     height: int
@@ -51,68 +129,66 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.tiles < 1 or self.pad < 0 or self.pad % 2:
-            raise PictureError(f"--tiles {self.tiles} --pad {self.pad}: at least 1, and even")
+            raise ImageError(f"--tiles {self.tiles} --pad {self.pad}: at least 1, and even")
         if min(self.height, self.width) < self.tiles:
-            raise PictureError(
-                f"{self.width}x{self.height} pixels are too few for {self.tiles}x{self.tiles} tiles"
+            raise ImageError(
+                f"{self.width}x{self.height} pixels are too few for {self.tiles}x{self.tiles}"
+                " tiles; remove it or give a smaller --tiles"
             )
 
     @classmethod
     def of(cls, path: Path, tiles: int, pad: int) -> "Grid":
-        """The grid of an LR picture; PictureError names the file that it does not suit."""
-        size = picture_size(path)
+        """Returns the grid of an LR image; ImageError names the file that it does not suit."""
+        size = image_size(path)
         try:
             return cls(*size, tiles, pad)
-        except PictureError as error:
-            raise PictureError(f"{path}: {error}") from error
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Position]:
         """Yields every (row, col), both counted from 1."""
         return ((r, c) for r in range(1, self.tiles + 1) for c in range(1, self.tiles + 1))
 
-    def cell(self, row: int, col: int, scale: int = 1) -> tuple[slice, slice]:
-        """The pixels between tile (row, col)'s cut lines in a picture of `scale` times LR size."""
-        return self._between(self.height, row, scale), self._between(self.width, col, scale)
+    def cell(self, row: int, col: int, scale: int = 1) -> Area:
+        """Returns the area between tile (row, col)'s cut lines at `scale` times the LR size."""
+        rows, cols = whole((self.height, self.width))
+        area = _part(rows, row - 1, self.tiles), _part(cols, col - 1, self.tiles)
+        return scaled(area, scale)
 
     def tile_shape(self, row: int, col: int, scale: int = 1) -> tuple[int, int]:
-        """Height and width of tile (row, col), overlap included."""
-        rows, cols = self.cell(row, col, scale)
-        pad = self.pad * scale
-        return rows.stop - rows.start + pad, cols.stop - cols.start + pad
-
-    def _between(self, length: int, index: int, scale: int) -> slice:
-        cuts = ((index - 1) * length // self.tiles, index * length // self.tiles)
-        return slice(cuts[0] * scale, cuts[1] * scale)
+        """Returns the height and width of tile (row, col), overlap included."""
+        height, width = shape_of(self.cell(row, col, scale))
+        return height + self.pad * scale, width + self.pad * scale
 
 
-def cut(picture: np.ndarray, grid: Grid, scale: int = 1) -> dict[tuple[int, int], np.ndarray]:
-    """All tiles of a picture, {(row, col): tile}, as `cut_tile` makes them."""
-    return {at: cut_tile(picture, grid, *at, scale) for at in grid}
+def cut(image: np.ndarray, grid: Grid, scale: int = 1) -> dict[Position, np.ndarray]:
+    """Returns all tiles of an image, {(row, col): tile}, as `cut_tile` makes them."""
+    return {at: cut_tile(image, grid, *at, scale) for at in grid}
 
 
-def cut_tile(picture: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) -> np.ndarray:
-    """One tile; what lies beyond the picture's border is reflected.
+def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) -> np.ndarray:
+    """Returns one tile; what lies beyond the image's border is reflected.
 
     The mirror is the border itself, not the outermost pixel: there LR and HR agree.
 
     Args:
-        picture: `(scale * grid.height, scale * grid.width, 3)`.
+        image: `(scale * grid.height, scale * grid.width, 3)`.
 
     Returns:
-        Of shape `grid.tile_shape(row, col, scale)`, a view if it lies within the picture.
+        Of shape `grid.tile_shape(row, col, scale)`, a view if it lies within the image.
     """
     margin = grid.pad // 2 * scale
-    inside, beyond = [], []
-    for cell, length in zip(grid.cell(row, col, scale), picture.shape[:2], strict=True):
-        start, stop = cell.start - margin, cell.stop + margin
-        inside.append(slice(max(start, 0), min(stop, length)))
-        beyond += [max(-start, 0), max(stop - length, 0)]
-    tile = picture[*inside]
+    cell = grid.cell(row, col, scale)
+    inside = grow(cell, margin, image.shape)
+    beyond = []
+    for wanted, there in zip(cell, inside, strict=True):
+        beyond += [margin - wanted.start + there.start, margin + wanted.stop - there.stop]
+    tile = image[inside]
     return cv2.copyMakeBorder(tile, *beyond, cv2.BORDER_REFLECT) if any(beyond) else tile
 
 
-def join(tiles: dict[tuple[int, int], np.ndarray], grid: Grid, scale: int = 1) -> np.ndarray:
-    """The picture that `tiles` cover, neighbours cross-faded over the pixels they share.
+def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.ndarray:
+    """Returns the image that `tiles` cover, neighbours cross-faded over the pixels they share.
 
     The inverse of `cut`, to the bit.
     """
@@ -140,136 +216,121 @@ def _crossfade(parts: list[np.ndarray], overlap: int, axis: int) -> np.ndarray:
     return np.concatenate([*done, last], axis)
 
 
+def even_int(text: str) -> int:
+    """Returns `--pad` from the command line; for argparse."""
+    if not text.isdecimal() or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an even number of 0 or more")
+    return int(text)
+
+
 # Names and folders ----------------------------------------------------------------------------
 
 
-def picture_id(path: Path) -> str:
-    """`0006` for `image_600px_0006.png`; any other file's own name without its suffix."""
-    match = re.fullmatch(r"image_\d+px_(.+)", path.stem)
+def image_id(path: Path) -> str:
+    """Returns `0006` for `image_600px_0006.png`, for any other file its name without suffix."""
+    match = re.fullmatch(r"image_\d+px_(.+)", path.stem, re.DOTALL)
     return match[1] if match else path.stem
 
 
-def find_pictures(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The pictures of a folder by id, in the order of their ids, and complaints about twins."""
+def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Returns the images of a folder by id, sorted by id, and warnings about those left out.
+
+    In an LR folder `0001x4.png`, as benchmark sets have it, gets the id of `0001.png` in the HR
+    folder beside, unless either folder has another image that this id or name belongs to.
+    """
+    found, warnings = _list_images(folder)
+    if folder.name == LR:
+        hr, _ = _list_images(folder.with_name(HR))
+        for name in list(found):
+            plain = name.removesuffix(f"x{SCALE}")
+            if plain in hr and plain not in found and name not in hr:
+                found[plain] = found.pop(name)
+    return dict(sorted(found.items())), warnings
+
+
+def _list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
-    complaints = []
+    warnings = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
             continue
-        twin = found.setdefault(picture_id(path), path)
-        if twin != path:
-            complaints.append(f"{path}: has the same id as {twin.name}; rename one of them")
-    return dict(sorted(found.items())), complaints
+        if suffix in FOREIGN:
+            warnings.append(f"{path}: {suffix} cannot be read here; convert it to PNG")
+        elif suffix in SUFFIXES and (twin := found.setdefault(image_id(path), path)) != path:
+            warnings.append(f"{path}: has the same id as {twin.name}; rename one of them")
+    return found, warnings
 
 
 def tile_name(name: str, row: int, col: int) -> str:
+    """Returns the file name of tile (row, col) of the image with the id `name`."""
     return f"{name}_{row:02d}_{col:02d}.png"
 
 
-def find_tiles(folder: Path) -> dict[str, dict[tuple[int, int], Path]]:
-    """{id: {(row, col): path}} of all files of a folder that are named like tiles."""
-    found: dict[str, dict[tuple[int, int], Path]] = {}
+def find_tiles(folder: Path) -> dict[str, dict[Position, Path]]:
+    """Returns {id: {(row, col): path}} of all files of a folder that are named like tiles."""
+    found: dict[str, dict[Position, Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        match = re.fullmatch(r"(.+)_(\d{2,})_(\d{2,})", path.stem)
+        match = re.fullmatch(r"(.+)_(\d{2,})_(\d{2,})", path.stem, re.DOTALL)
         if match and not path.name.startswith("."):
             found.setdefault(match[1], {})[int(match[2]), int(match[3])] = path
     return found
 
 
-# Files ----------------------------------------------------------------------------------------
+# Stamps: what a file was made from ------------------------------------------------------------
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width as `read_picture` would give them, from the file's header.
+def source_stamp(path: Path) -> str:
+    """Returns name, bytes and time of change of a file, by which to know it again."""
+    status = path.stat()
+    return f"{quote(os.fsencode(path.name))} {status.st_size} {status.st_mtime_ns}"
 
-    Raises:
-        PictureError: the file cannot be read as a picture.
+
+def tile_stamp(path: Path, grid: Grid) -> str:
+    """Returns the stamp of the tiles that `grid` makes of the image file as it is now.
+
+    HR tiles made from these have ` | ` and the digest of the weights after it.
     """
-    with _open(path) as image:
-        sideways = image.format in JPEG and image.getexif().get(0x0112, 1) >= 5
-        return (image.width, image.height) if sideways else (image.height, image.width)
+    return f"{source_stamp(path)} {grid.tiles}x{grid.tiles} pad {grid.pad}"
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """`(H, W, 3)` uint8, RGB, a JPEG turned upright as the camera's EXIF tag says.
-
-    Raises:
-        PictureError: the file cannot be read as an 8-bit picture.
-    """
-    with _open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise PictureError(f"{path}: more than 8 bits a channel; save it with 8 bits")
-        upright = ImageOps.exif_transpose(image) if image.format in JPEG else image
-        return np.array(upright.convert("RGB"))
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, TypeError, ValueError) as error:
-        raise PictureError(f"{path}: not readable ({error}); replace or remove it") from error
-
-
-def read_stamp(path: Path) -> str | None:
-    """The stamp `write_png` put into a file; None without one, or without a readable file."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Source")
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def write_png(path: Path, picture: np.ndarray, stamp: str = "") -> None:
-    """Writes a picture under a temporary name, then renames it: never half a file under `path`.
+def check_tiles(
+    name: str,
+    found: dict[Position, Path],
+    grid: Grid,
+    expected: str,
+    remedy: str,
+    scale: int = 1,
+) -> str:
+    """Checks that `found` are exactly the grid's tiles, all made from the image as it is now.
 
     Args:
-        picture: `(H, W, 3)` uint8, RGB.
-        stamp: what the picture was made from, kept as the PNG's `Source` text.
-    """
-    fastest = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    fastest += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), fastest)
-    png = encoded.tobytes()
-    text = b"tEXtSource\0" + stamp.encode("latin-1", "replace")
-    text = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
-    header = 33  # the signature and the IHDR chunk, which must come first
-    with replacing(path) as temporary:
-        temporary.write_bytes(png[:header] + text + png[header:])
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path to write to, which takes the name `path` when all went well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# Work over many pictures ----------------------------------------------------------------------
-
-
-def in_parallel(
-    job: Callable[..., list[str]], arguments: Iterable[tuple], workers: int, title: str
-) -> list[str]:
-    """Runs `job(*arguments)` for each of the arguments in several threads, with a progress bar.
-
-    Threads are enough: the picture codecs and NumPy let each other run.
+        name: the image's id.
+        expected: the image's `tile_stamp`.
+        remedy: what is to be done otherwise, such as "run `python main.py test` again".
+        scale: 1 for LR tiles, `SCALE` for HR tiles.
 
     Returns:
-        The complaints of all jobs: one sentence for everything that had to be left out.
+        The tiles' common stamp: `expected`, or `expected`, ` | ` and what else went into them.
+
+    Raises:
+        ImageError: names the first tile that is missing, foreign, stale, or of another size.
     """
-    complaints = []
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        futures = [pool.submit(job, *each) for each in arguments]
-        try:
-            for future in tqdm(futures, title, unit="picture", disable=not futures):
-                complaints += future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return complaints
+    if not found:
+        raise ImageError(f"{name}: has no tiles; {remedy}")
+    wanted, first = set(grid), found[min(found)]
+    stamp = read_stamp(first)
+    for at in sorted(wanted | found.keys()):
+        path = found.get(at, first.with_name(tile_name(name, *at)))
+        if at not in found:
+            raise ImageError(f"{path}: missing; {remedy}")
+        if at not in wanted:
+            raise ImageError(f"{path}: not one of {grid.tiles}x{grid.tiles} tiles; {remedy}")
+        made = read_stamp(path)
+        if made is None or made.partition(" | ")[0] != expected:
+            raise ImageError(f"{path}: not made from this image as it is now; {remedy}")
+        if made != stamp:
+            raise ImageError(f"{path}: not made by the same weights as the others; {remedy}")
+        if image_size(path) != grid.tile_shape(*at, scale):
+            raise ImageError(f"{path}: not of its place's size; {remedy}")
+    return stamp

@@ -1,509 +1,539 @@
-"""What the three trainings share: devices and processes, and the loop with its checkpoints."""
+"""The training loop of all stages: data, resume, steps, EMA, log, validation, checkpoints."""
 
 import contextlib
 import copy
-import ctypes
 import filecmp
-import io
 import math
 import os
 import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from dataset import CropSampler
+from console import StorageError, UserError, progress, say
+from dataset import CropSampler, PairedTiles, crop_pair, split
+from device import Device, DeviceError
+from images import ImageError, read_image
+from metrics import Metrics, mean_of
 from models import WeightError, load_file, save_file, save_network
-from tiles import PictureError
+from stages import Batch, Recipe, Stage
 
-EMA_DECAY = 0.999  # of the average of the generator's weights, a step
-LOG_EVERY, GRID_EVERY, CHECKPOINT_EVERY = 20, 100, 500  # steps
-WAIT_FOR_OTHERS = timedelta(days=1)  # processes that test have unequal shares
+EMA_DECAY = 0.999  # per step
+LOG_EVERY = 20  # steps
+GRID_EVERY = 100  # batches
 CHECKPOINT_SECONDS = 600  # at the latest, where steps take long
-GRID_ROWS = 4
+FILM_SIDE, FILM_ROWS = 48, 4  # LR pixels of the held-out crops to watch, and how many
 
 
-# Devices and processes ------------------------------------------------------------------------
+class DivergedError(UserError):
+    """A loss, or a weight, is no longer finite."""
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how precisely to compute, and which process of how many this is."""
+@dataclass
+class Progress:
+    """How far a training has come."""
 
-    device: torch.device
-    dtype: torch.dtype  # of the networks' arithmetic; weights and losses are float32
-    rank: int = 0
-    world: int = 1
-
-    def autocast(self) -> torch.autocast:
-        """The context to run networks in."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def place(self, network: nn.Module) -> nn.Module:
-        """Moves a network to the device, in the memory layout convolutions are fastest in."""
-        return network.to(self.device, memory_format=torch.channels_last)
-
-    def send(self, tensor: Tensor) -> Tensor:
-        """Copies a tensor to the device without waiting for it."""
-        tensor = tensor.to(self.device, non_blocking=True)
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-    def gather(self, items: list) -> list:
-        """The items of all processes, in all of them."""
-        if self.world == 1:
-            return items
-        gathered: list[list] = [[] for _ in range(self.world)]
-        dist.all_gather_object(gathered, items)
-        return [item for part in gathered for item in part]
-
-    def from_first(self, state: dict | None) -> dict:
-        """What the first process gives, a dict of tensors and plain values, on the CPU."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        sent = [buffer.getvalue()]
-        dist.broadcast_object_list(sent, device=torch.device("cpu"))
-        return torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
+    step: int = 0
+    validated: int = -1  # the step of the last validation
+    best: float = -math.inf  # the stage's metric at its best
+    run: int = 1  # number of the folder of its curves
 
 
-@contextlib.contextmanager
-def runtime(device: str = "auto", precision: str = "auto") -> Iterator[Runtime]:
-    """Finds device and precision and, under torchrun, joins the other processes.
+def fit(  # noqa: PLR0912, PLR0915
+    kind: type[Stage], options: Namespace, device: Device, later: tuple[str, ...] = ()
+) -> None:
+    """Trains a stage to its recipe's last step, or until interrupted.
+
+    Writes to `options.ckpts`: `{name}_gen.pth` and `{name}_gen_best.pth`, the averaged weights as
+    they are and as they validated best, and `{name}.state.pth`, to resume from.
 
     Args:
-        device: "auto", "cpu" or "cuda".
-        precision: "fp32", "bf16", or "auto": bf16 where the processor computes in it.
+        later: names of the stages to follow. Where this one has steps to go, they begin anew:
+            what they left would otherwise pass for the continuation of this.
+
+    Raises:
+        UserError: something is missing or damaged, the loss is not finite, or what is resumed
+            differs from what is asked.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when all is saved.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit("--device cuda: PyTorch finds no GPU here; leave the option out")
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(place)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # SSIM subtracts squares
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        place = torch.device("cpu")
-        capabilities = torch.cpu.get_capabilities()
-        fast_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    bf16 = fast_bf16 if precision == "auto" else precision == "bf16"
-    keep_freed_memory()
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
-    try:
-        yield Runtime(place, torch.bfloat16 if bf16 else torch.float32, rank, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    # Data
+    first, files = device.rank == 0, Files(options.ckpts, kind.name)
+    ids, held_out = split(options.root, options.held_out)
+    recipe = choose_recipe(kind.recipe, options)
+    dataset = PairedTiles(
+        options.root, ids, recipe.crops[1], recipe.color, recipe.jpeg, recipe.edges
+    )
+    if options.epochs:
+        crops_per_step = recipe.batch_size * recipe.accumulate * device.world
+        recipe = replace(recipe, steps=math.ceil(options.epochs * len(dataset) / crops_per_step))
+    device.from_first(check_writable, options.ckpts)
+
+    # Networks, their optimisers, the generator's moving average
+    torch.manual_seed(options.seed)
+    stage = kind(recipe, options, device)
+    networks, ema = stage.networks, copy.deepcopy(stage.networks["gen"]).requires_grad_(False)
+    optimizers = {
+        key: torch.optim.Adam(stage.parameter_groups(key), betas=recipe.betas, fused=True)
+        for key in networks
+    }
+    parts = {**networks, "ema": ema, **{f"{key} adam": each for key, each in optimizers.items()}}
+
+    # Resume, or begin anew
+    asked = describe(recipe, options, device, ids, sorted(held_out))
+    state = device.from_first(files.begin, options.resume, asked, options.accept_changes, later)
+    done = Progress(**state["progress"]) if state else Progress()
+    if state:
+        restore(parts, state, files.state)
+    elif device.world > 1:  # whoever read or drew what: all start like the first process
+        restore(parts, device.from_first(lambda: {"parts": states(parts)}), files.state)
+
+    def save() -> None:
+        if not all(map(is_finite, (*networks.values(), ema))):
+            raise diverged(files, done.step)
+        if first:
+            save_network(ema, files.gen)
+            content = {"progress": asdict(done), "recipe": asked, "parts": states(parts)}
+            save_file(content, files.state)
+
+    # Train
+    batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
+    film = held_out_crops(held_out, recipe, device) if first else None
+    saved = time.monotonic()
+    log = Log(kind.name, options.runs, recipe.steps, done, device)
+    with explained(), interruptible() as interrupted, log:
+        log.text("recipe", asked)
+        while True:
+            # Validate and save
+            due = done.step * recipe.accumulate % options.checkpoint_every < recipe.accumulate
+            last = done.step >= recipe.steps
+            if (due or last) and done.validated < done.step:
+                if metrics := validate(stage, ema, held_out, device, log):
+                    if metrics[stage.best_by] > done.best:
+                        done.best = metrics[stage.best_by]
+                        if first and is_finite(ema):
+                            save_network(ema, files.best)
+                    log.scalar("validation/best so far", done.best)
+                done.validated = done.step
+                if done.step:
+                    save()
+                    saved = time.monotonic()
+            if last:
+                return
+
+            # Fetch all of a step's batches: a damaged tile then stops between two steps
+            problem, step_batches = None, []
+            try:
+                step_batches = [next(batches) for _ in range(recipe.accumulate)]
+            except ImageError as error:
+                problem = error
+            if device.any_process(bool(problem or interrupted)):
+                save()
+                message = f"{kind.name} saved at step {done.step}; go on with --resume"
+                raise problem or KeyboardInterrupt(message)
+
+            # Step
+            device.expect_one_shape(recipe.crops[0] == recipe.crops[1])
+            rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
+            for loaded in step_batches:
+                batch = {key: device.send(value) for key, value in loaded.items()}
+                losses, scalars = stage.losses(batch)
+                totals = {key: sum(terms.values()) for key, terms in losses.items()}
+                for total in totals.values():
+                    (total / recipe.accumulate).backward()
+                log.count(losses, totals, scalars, len(batch["lr"]))
+            device.average_gradients(networks.values())
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["factor"]
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(ema, networks["gen"], done.step)
+            done.step += 1
+
+            # Log
+            if done.step % LOG_EVERY == 0 and not log.means(rate):
+                raise diverged(files, done.step)
+            if done.step * recipe.accumulate % GRID_EVERY < recipe.accumulate and first:
+                log.samples(stage, ema, film or batch)
+            log.bar.update()
+            overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
+            if overdue:
+                save()
+                saved = time.monotonic()
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep large blocks for the next tensor, as PyTorch does on GPUs.
-
-    By default it returns them to the system, whose fresh pages then cost up to a fifth of the
-    time. Elsewhere than on Linux nothing happens.
-    """
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(top_pad, 2**26)
+# Recipe ---------------------------------------------------------------------------------------
 
 
-def average_gradients(networks: Iterable[nn.Module], world: int) -> None:
-    """Gives every process the mean of all processes' gradients."""
-    gradients = [p.grad for network in networks for p in network.parameters()]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+def choose_recipe(recipe: Recipe, options: Namespace) -> Recipe:
+    """Returns the recipe with what the command line gives in place of its own values."""
+    given = {
+        "steps": options.steps,
+        "crops": options.crop and (options.crop, options.crop),
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "jpeg": options.jpeg,
+    }
+    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' tensors; gradients are summed likewise."""
-
-    @staticmethod
-    def forward(ctx: object, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return SumOverProcesses.forward(ctx, gradient)
+def describe(
+    recipe: Recipe, options: Namespace, device: Device, ids: list[str], held_out: list[str]
+) -> dict:
+    """Returns what a resumed training must have in common with the one before the stop."""
+    values = asdict(recipe)
+    values["schedule"] = recipe.schedule.__name__
+    values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
+    values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
+    return values | {"seed": options.seed, "held out": held_out, "training images": ids}
 
 
-class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, which torch's own does on GPUs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        exact = x.float()
-        moments = torch.stack([exact.mean((0, 2, 3)), (exact * exact).mean((0, 2, 3))])
-        mean, square = SumOverProcesses.apply(moments) / dist.get_world_size()
-        var = (square - mean**2).clamp(min=0)
-        with torch.no_grad():
-            count = x.numel() / x.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        shift = self.bias - mean * scale
-        return (exact * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
+# Files ----------------------------------------------------------------------------------------
 
 
-def synchronise_batch_norm(network: nn.Module, device: torch.device) -> nn.Module:
-    """Replaces all batch norms by ones that see the batches of all processes."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = CpuSyncBatchNorm
-    return network
+class Files:
+    """The files of a training, named after its stage."""
 
+    def __init__(self, ckpts: Path, name: str) -> None:
+        self.ckpts, self.name = ckpts, name
+        self.gen = ckpts / f"{name}_gen.pth"
+        self.best = ckpts / f"{name}_gen_best.pth"
+        self.state = ckpts / f"{name}.state.pth"
 
-@torch.no_grad()
-def keep_norms(network: nn.Module, average: nn.Module) -> None:
-    """Has all batch norms use the averaged statistics, as in inference, and leave them so."""
-    for norm, averaged in zip(network.modules(), average.modules(), strict=True):
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
-            norm.running_mean.copy_(averaged.running_mean)
-            norm.running_var.copy_(averaged.running_var)
-            norm.eval()
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, step: int) -> None:
-    """Takes a network's weights into their exponential moving average.
-
-    Early on the average is over fewer steps, so that it soon forgets where training started.
-    """
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-    for (name, kept), present in zip(average.named_buffers(), network.buffers(), strict=True):
-        if "running" in name:  # batch norm's statistics of the last few batches are noisy
-            kept.lerp_(present, 1 - decay)
-        else:
-            kept.copy_(present)
-
-
-# Recipes --------------------------------------------------------------------------------------
-
-
-def constant_then_halved(step: int, steps: int) -> float:
-    """Learning rate relative to its start: halved every 250 000 steps."""
-    return 0.5 ** (step // 250_000)
-
-
-def cosine(step: int, steps: int) -> float:
-    """Learning rate relative to its peak: a short warm-up, then a cosine down to 2 %."""
-    warm_up = min(200, steps / 10)
-    return min(1, (step + 1) / warm_up) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: sizes, optimiser, data."""
-
-    steps: int  # updates of the weights
-    crops: tuple[int, int]  # smallest and largest, LR pixels a side
-    batch_size: int = 8  # crops at once in each process
-    accumulate: int = 1  # batches an update
-    learning_rate: float = 1e-4  # of Adam
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
-    schedule: Callable[[int, int], float] = constant_then_halved
-    colour: bool = False  # vary colours, besides flips and quarter turns
-    edges: tuple[str, ...] = ("lr",)  # Canny edges the losses need
-    norms_until: float = 1  # part of the steps after which the batch norms stay as they are
-
-
-class Losses(NamedTuple):
-    """What one batch came to."""
-
-    minimise: dict[str, Tensor]  # a loss for each network
-    scalars: dict[str, Tensor]  # figures to log
-    grids: Callable[[], dict[str, list[Tensor]]]  # columns of pictures in [0, 1], to look at
-
-
-# The loop -------------------------------------------------------------------------------------
-
-
-class Training:
-    """Networks in training: their optimisers, the generator's moving average, their files.
-
-    Args:
-        name: of the files: weights `{name}_gen.pth`, `{name}_gen_best.pth`, `{name}_dis.pth`, the
-            state to resume from `{name}.state.pth`.
-        networks: "gen" and, in adversarial training, "dis".
-        ckpts: the folder of the files.
-        resume: go on from the state in `ckpts` if there is one.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        recipe: Recipe,
-        networks: dict[str, nn.Module],
-        run: Runtime,
-        *,
-        ckpts: Path,
-        resume: bool,
-    ) -> None:
-        self.name, self.recipe, self.run, self.ckpts = name, recipe, run, ckpts
-        for network in networks.values():
-            if run.world > 1:
-                synchronise_batch_norm(network, run.device)
-            run.place(network).train()
-        self.networks, self.average = networks, copy.deepcopy(networks["gen"])
-        self.average.requires_grad_(False)
-        self.parts = {**networks, "average": self.average} | {
-            f"{key} optimizer": torch.optim.Adam(each.parameters(), betas=recipe.betas, fused=True)
-            for key, each in networks.items()
-        }
-        self.step, self.judged, self.best = 0, 0, -math.inf
-        self.state_path = ckpts / f"{name}.state.pth"
-        if run.rank == 0:
-            if resume and self.state_path.exists():
-                self._take_up(load_file(self.state_path))
-            else:
-                if resume:
-                    print(f"{self.state_path} is not there: {name} starts anew")
-                set_aside(ckpts, name)
-        if run.world > 1:  # whatever files the others have, they start like the first process
-            self._take_up(run.from_first(self._state() if run.rank == 0 else None))
-
-    @property
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer)]
-
-    def _state(self) -> dict:
-        parts = {key: part.state_dict() for key, part in self.parts.items()}
-        return {"step": self.step, "judged": self.judged, "best": self.best, "parts": parts}
-
-    def _take_up(self, state: dict) -> None:
-        try:
-            self.step, self.judged, self.best = state["step"], state["judged"], state["best"]
-            for key, part in self.parts.items():
-                part.load_state_dict(state["parts"][key])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise WeightError(f"{self.state_path}: does not fit this training: {error}") from error
-
-    def save(self) -> None:
-        """Writes the weights as they are used, and the state to resume from."""
-        if self.run.rank:
-            return
-        for key, network in {**self.networks, "gen": self.average}.items():
-            save_network(network, self.ckpts / f"{self.name}_{key}.pth")
-        save_file(self._state(), self.state_path)
-
-    def fit(
-        self,
-        dataset: Dataset,
-        losses: Callable[[dict[str, Tensor]], Losses],
-        validate: Callable[[nn.Module], dict[str, float]],
-        best_by: str,
-        *,
-        logs: Path,
-        seed: int,
-        workers: int,
-    ) -> None:
-        """Trains to the recipe's last step, or until interrupted; then saves.
+    def begin(
+        self, resume: bool, asked: dict, accept_changes: bool, later: tuple[str, ...]
+    ) -> dict | None:
+        """Returns the state to resume from; without one, sets earlier files aside.
 
         Args:
-            losses: of a batch of `dataset`, on the device.
-            validate: figures of the averaged generator on the held-out pictures; may be empty.
-            best_by: the figure the generator kept as best has most of.
-            logs: folder of TensorBoard's files.
-            workers: processes that load data.
+            asked: of `describe`.
+            accept_changes: resume even if the state's training was described otherwise.
+            later: stages whose files are set aside too if this one has steps to go.
+
+        Raises:
+            UserError: the state is of another training than the one asked for.
         """
-        recipe, run = self.recipe, self.run
-        batches = self._batches(dataset, seed, workers)
-        meter = Meter(self, logs)
-        saved = time.monotonic()
-        with self._saving_on_bad_pictures(), interruptible() as interrupted, meter:
-            while not (stop := any_process(interrupted, run)):
-                if self.judged < self.step and self._due():
-                    self._judge(validate, best_by, meter)
-                if self.step >= recipe.steps:
-                    break
-                rate = recipe.learning_rate * recipe.schedule(self.step, recipe.steps)
-                for optimizer in self.optimizers:
-                    optimizer.param_groups[0]["lr"] = rate
-                if self.step >= recipe.norms_until * recipe.steps:
-                    keep_norms(self.networks["gen"], self.average)
+        if not resume or not self.state.exists():
+            if resume:
+                say(f"{self.state} is not there: {self.name} starts anew")
+            for name in (self.name, *later):
+                Files(self.ckpts, name).set_aside()
+            return None
+        state = load_file(self.state)
+        if "recipe" not in state or "progress" not in state:
+            raise WeightError(
+                f"{self.state}: written by an earlier version; leave --resume out, and give"
+                f" --init {self.gen} to start from its weights"
+            )
+        changes = differences(state["recipe"], asked)
+        step, steps = state["progress"]["step"], asked["steps"]
+        if step > steps:
+            raise UserError(f"{self.state}: is at step {step} already; give --steps above {steps}")
+        for key in list(changes):
+            if key == "steps":
+                say(f"{self.name} resumes at step {step} with {changes.pop(key)}")
+        if changes and not accept_changes:
+            raise UserError(
+                f"{self.state}: was trained otherwise: {'; '.join(changes.values())};"
+                " give what it was given, or --accept-changes to go on all the same"
+            )
+        if changes:
+            state["progress"] |= {"best": -math.inf, "validated": -1}  # like with like only
+        if step < steps:
+            for name in later:
+                Files(self.ckpts, name).set_aside()
+        return state
 
-                for _ in range(recipe.accumulate):
-                    batch = {key: run.send(value) for key, value in next(batches).items()}
-                    result = losses(batch)
-                    for loss in result.minimise.values():
-                        (loss / recipe.accumulate).backward()
-                    meter.count(result, len(batch["lr"]))
-                if run.world > 1:
-                    average_gradients(self.networks.values(), run.world)
-                for optimizer in self.optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                update_average(self.average, self.networks["gen"], self.step)
-                self.step += 1
-
-                meter.show(result, rate)
-                if self._due() or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self.save()
-                    saved = time.monotonic()
-        if stop:
-            self.save()
-            raise KeyboardInterrupt(f"{self.name} saved at step {self.step}; go on with --resume")
-
-    @contextlib.contextmanager
-    def _saving_on_bad_pictures(self) -> Iterator[None]:
-        try:
-            yield
-        except PictureError:
-            self.save()
-            raise
-
-    def _batches(self, dataset: Dataset, seed: int, workers: int) -> Iterator[dict[str, Tensor]]:
-        sampler = CropSampler(
-            len(dataset),
-            self.recipe.batch_size,
-            self.recipe.crops,
-            seed,
-            start=self.step * self.recipe.accumulate,
-            rank=self.run.rank,
-            world=self.run.world,
-        )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            pin_memory=self.run.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
-        )
-        try:
-            yield from loader
-        except PictureError as error:  # without the worker's traceback
-            raise PictureError(str(error).rpartition("PictureError: ")[2].strip()) from None
-
-    def _due(self) -> bool:
-        return self.step % CHECKPOINT_EVERY == 0 or self.step == self.recipe.steps
-
-    def _judge(
-        self, validate: Callable[[nn.Module], dict[str, float]], best_by: str, meter: "Meter"
-    ) -> None:
-        figures = validate(self.average)
-        meter.write({f"validation/{key}": value for key, value in figures.items()})
-        if figures.get(best_by, -math.inf) > self.best:
-            self.best = figures[best_by]
-            if self.run.rank == 0:
-                save_network(self.average, self.ckpts / f"{self.name}_gen_best.pth")
-        self.judged = self.step
-        self.save()
-        meter.restart()
+    def set_aside(self) -> None:
+        """Keeps what an earlier training left under this name, before a new one writes there."""
+        paths = [path for path in (self.state, self.gen, self.best) if path.exists()]
+        number = 1
+        while any(previous(path, number).exists() for path in paths):
+            number += 1
+        for path in paths:
+            kept = previous(path, number)
+            if path != self.gen:
+                path.replace(kept)
+            elif any(filecmp.cmp(path, p, False) for p in path.parent.glob(f"{path.stem}.*.pth")):
+                continue
+            else:
+                shutil.copy2(path, kept)  # it serves until the new one is there
+            say(f"Kept {path.name} of an earlier training as {kept.name}")
 
 
-def set_aside(ckpts: Path, name: str) -> None:
-    """Keeps what an earlier training left under a name, before a new one writes there."""
-    files = [f"{name}{ending}" for ending in (".state", "_gen", "_dis", "_gen_best")]
-    files = [file for file in files if (ckpts / f"{file}.pth").exists()]
-    number = 1
-    while any((ckpts / f"{file}.{number}.previous.pth").exists() for file in files):
-        number += 1
-    for file in files:
-        path, kept = ckpts / f"{file}.pth", ckpts / f"{file}.{number}.previous.pth"
-        if not file.endswith("_gen"):
-            path.replace(kept)
-        elif any(filecmp.cmp(path, each, False) for each in ckpts.glob(f"{file}.*.previous.pth")):
-            continue
-        else:
-            shutil.copy2(path, kept)  # it serves until the new one is there
-        print(f"Kept {path.name} of an earlier training as {kept.name}")
+def previous(path: Path, number: int) -> Path:
+    """Returns where a file of an earlier training is kept."""
+    return path.with_name(f"{path.stem}.{number}.previous.pth")
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
+def differences(before: dict, asked: dict) -> dict[str, str]:
+    """Returns a phrase for every value that differs."""
+    phrases = {}
+    for key in sorted(before.keys() | asked.keys()):
+        old, new = before.get(key), asked.get(key)
+        if old != new and isinstance(new, list) and len(new) > 4:
+            count = len(set(map(str, new)) ^ set(map(str, old or [])))
+            phrases[key] = f"{key}: {count} of them differ"
+        elif old != new:
+            phrases[key] = f"{key} {old} -> {new}"
+    return phrases
+
+
+def states(parts: dict) -> dict:
+    """Returns the state dicts of networks and optimisers."""
+    return {key: part.state_dict() for key, part in parts.items()}
+
+
+def restore(parts: dict, state: dict, path: Path) -> None:
+    """Loads networks and optimisers from a state.
+
+    Raises:
+        WeightError: it is of other networks, or not finite.
+    """
+    try:
+        for key, part in parts.items():
+            part.load_state_dict(state["parts"][key])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightError(f"{path}: does not fit this training ({reason})") from error
+    if not all(is_finite(part) for part in parts.values() if isinstance(part, nn.Module)):
+        raise WeightError(f"{path}: holds weights that are not finite; leave --resume out")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StorageError unless files can be written to a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise StorageError.of(error, folder) or error from error
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Returns whether all of a network's weights and statistics are finite."""
+    return all(bool(value.isfinite().all()) for value in network.state_dict().values())
+
+
+def diverged(files: Files, step: int) -> DivergedError:
+    """Returns the error for a training that is no longer finite."""
+    kept = f"{files.state} and {files.gen} hold" if files.state.exists() else "nothing holds"
+    return DivergedError(
+        f"{files.name}: not finite at step {step} or the {LOG_EVERY} before; {kept} the last good"
+        " weights; start again with a lower --learning-rate"
+    )
+
+
+# Data -----------------------------------------------------------------------------------------
+
+
+def load_batches(
+    dataset: PairedTiles, recipe: Recipe, options: Namespace, device: Device, first: int
+) -> Iterator[Batch]:
+    """Yields batches without end, from number `first` on, loaded by processes of their own.
+
+    Raises:
+        ImageError: a tile cannot be used.
+    """
+    sampler = CropSampler(
+        len(dataset),
+        recipe.batch_size,
+        recipe.crops,
+        options.seed,
+        start=first,
+        rank=device.rank,
+        world=device.world,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=options.workers,
+        pin_memory=device.torch.type == "cuda",
+        worker_init_fn=leave_signals_to_the_parent,
+    )
+    try:
+        yield from loader
+    except ImageError as error:  # without the worker's traceback
+        raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
+
+
+def leave_signals_to_the_parent(_: int) -> None:
+    """Has a process that loads data ignore Ctrl-C, which reaches whole process groups."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):  # torchrun and schedulers signal whole process groups
+    if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
-class Meter:
-    """Progress bar and TensorBoard log of a training; both in the first process only."""
+def held_out_crops(
+    held_out: dict[str, tuple[Path, Path]], recipe: Recipe, device: Device
+) -> Batch | None:
+    """Returns the middles of some held-out images as a batch, on the device, to watch."""
+    items = []
+    for paths in list(held_out.values())[:FILM_ROWS]:
+        lr, hr = map(read_image, paths)
+        middle = [max(0, (side - FILM_SIDE) // 2) for side in lr.shape[:2]]
+        if min(lr.shape[:2]) >= FILM_SIDE:
+            area = tuple(slice(start, start + FILM_SIDE) for start in middle)
+            items.append(crop_pair(lr, hr, area, recipe.edges))
+    if not items:
+        return None
+    return {key: device.send(torch.stack([item[key] for item in items])) for key in items[0]}
 
-    def __init__(self, training: Training, logs: Path) -> None:
-        self.training, self.logs = training, logs
-        self.sums: dict[str, Tensor] = {}
 
-    def __enter__(self) -> "Meter":
-        training, first = self.training, self.training.run.rank == 0
-        self.writer = None
-        if first:
-            folder = self.logs / training.name
-            self.writer = SummaryWriter(str(folder), purge_step=training.step + 1)
-        self.bar = tqdm(
-            desc=training.name,
-            total=training.recipe.steps,
-            initial=training.step,
-            unit="step",
-            disable=not first,
+# Weights --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
+    """Takes a network's weights into their exponential moving average.
+
+    Early on the average is over fewer steps, so that it soon forgets where training started.
+    Batch norm's statistics are averaged too; spectral norm's vectors are copied.
+    """
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    for kept, present in zip(ema.parameters(), network.parameters(), strict=True):
+        kept.lerp_(present, 1 - decay)
+    for averaged, module in zip(ema.modules(), network.modules(), strict=True):
+        buffers = zip(averaged.buffers(recurse=False), module.buffers(recurse=False), strict=True)
+        for kept, present in buffers:
+            if isinstance(module, nn.BatchNorm2d) and kept.is_floating_point():
+                kept.lerp_(present, 1 - decay)
+            else:
+                kept.copy_(present)
+
+
+def validate(
+    stage: Stage,
+    ema: nn.Module,
+    held_out: dict[str, tuple[Path, Path]],
+    device: Device,
+    log: "Log",
+) -> Metrics | None:
+    """Returns and logs the mean metrics of the held-out images, which the processes share out."""
+    mine = list(held_out.values())[device.rank :: device.world]
+    rows, references = [], []
+    for paths in progress(mine, "Validating", unit="image", leave=False, disable=device.rank > 0):
+        lr, hr = map(read_image, paths)
+        rows.append(stage.validate(ema, lr, hr))
+        if log.reference is None:
+            references.append(stage.reference(lr, hr))
+    rows, references = device.gather(rows), device.gather(references)
+    if references:
+        log.reference = mean_of(references)
+    if not rows:
+        return None
+    metrics = mean_of(rows)
+    log.validation(metrics)
+    return metrics
+
+
+# Log ------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Progress bar and TensorBoard curves of a training; both in the first process only.
+
+    A new training gets a folder `{runs}/{name}/{number}` of its own, a resumed one goes on in its.
+    The metrics to beat stand in `.../reference`, so that they are a flat line in the same chart.
+    """
+
+    def __init__(self, name: str, runs: Path, steps: int, done: Progress, device: Device) -> None:
+        self.done, self.device = done, device
+        self.reference: Metrics | None = None
+        self.writers: list[SummaryWriter] = []
+        if device.rank == 0:
+            folder = runs / name
+            if not done.step:
+                numbers = [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
+                done.run = max(numbers, default=0) + 1
+            folders = (folder / str(done.run), folder / str(done.run) / "reference")
+            self.writers = [SummaryWriter(str(f), purge_step=done.step + 1) for f in folders]
+        self.bar = progress(
+            desc=name, total=steps, initial=done.step, unit="step", disable=device.rank > 0
         )
         self.restart()
-        return self
 
-    def restart(self) -> None:
-        """Starts the means and the clock anew."""
-        self.sums, self.batches, self.crops = {}, 0, 0
-        self.since = time.monotonic()
+    def __enter__(self) -> "Log":
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.writer:
-            self.writer.close()
+        for writer in self.writers:
+            writer.close()
 
-    def count(self, result: Losses, crops: int) -> None:
-        """Takes in a batch's figures without waiting for the device."""
-        for key, value in result.scalars.items():
+    def restart(self) -> None:
+        """Starts the means and the clock anew."""
+        self.sums: dict[str, Tensor] = {}
+        self.batches, self.crops, self.since = 0, 0, time.monotonic()
+
+    def count(
+        self,
+        losses: dict[str, dict[str, Tensor]],
+        totals: dict[str, Tensor],
+        scalars: Metrics,
+        crops: int,
+    ) -> None:
+        """Takes in a batch's losses without waiting for the device."""
+        values = {f"loss {key}/{term}": v for key, ts in losses.items() for term, v in ts.items()}
+        values |= {f"loss {key}/sum": total for key, total in totals.items()} | scalars
+        for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach()
         self.batches += 1
         self.crops += crops
 
-    def show(self, result: Losses, rate: float) -> None:
-        """Updates the bar and, every so many steps, the log."""
-        step = self.training.step
-        self.bar.update()
-        if step % LOG_EVERY == 0:
-            means = {key: float(value) / self.batches for key, value in self.sums.items()}
-            seconds = time.monotonic() - self.since
-            speed = self.crops * self.training.run.world / seconds
-            self.write({**means, "learning rate": rate, "crops per second": speed})
-            self.bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in means.items()))
-            self.restart()
-        if self.writer and step % GRID_EVERY == 0:
-            for key, columns in result.grids().items():
-                rows = torch.stack([each[:GRID_ROWS].float().cpu() for each in columns], dim=1)
-                grid = make_grid(rows.flatten(0, 1), nrow=len(columns))
-                self.writer.add_image(key, grid.clamp(0, 1), step)
+    def means(self, rate: float) -> bool:
+        """Logs the means since the last call; returns whether all are finite."""
+        means = {key: float(value) / self.batches for key, value in self.sums.items()}
+        finite = all(map(math.isfinite, means.values()))
+        seconds = time.monotonic() - self.since
+        speed = self.crops * self.device.world / seconds
+        for key, value in {**means, "speed/crops per second": speed, "rate/peak": rate}.items():
+            self.scalar(key, value)
+        sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
+        self.bar.set_postfix_str(" ".join(f"{key} {value:.4f}" for key, value in sums.items()))
+        self.restart()
+        return not self.device.any_process(not finite)
 
-    def write(self, figures: dict[str, float]) -> None:
-        """Logs figures at the present step."""
-        if self.writer:
-            for key, value in figures.items():
-                self.writer.add_scalar(key, value, self.training.step)
+    def scalar(self, key: str, value: float) -> None:
+        """Logs a value at the present step."""
+        if self.writers:
+            self.writers[0].add_scalar(key, value, self.done.step)
+
+    def text(self, key: str, values: dict) -> None:
+        """Logs a table of values."""
+        if self.writers:
+            rows = [f"| {name} | {value} |" for name, value in values.items()]
+            self.writers[0].add_text(key, "\n".join(["| | |", "| --- | --- |", *rows]))
+
+    def validation(self, metrics: Metrics) -> None:
+        """Logs validation metrics and, in the same charts, those to beat."""
+        for writer, values in zip(self.writers, (metrics, self.reference or {}), strict=False):
+            for key, value in values.items():
+                writer.add_scalar(f"validation/{key}", value, self.done.step)
+        self.restart()
+
+    @torch.no_grad()
+    def samples(self, stage: Stage, ema: nn.Module, batch: Batch) -> None:
+        """Logs what the averaged generator makes of a batch, side by side."""
+        if not self.writers:
+            return
+        was_training = ema.training
+        for title, columns in stage.samples(ema.eval(), batch).items():
+            images = [each[:FILM_ROWS].float().cpu() for each in columns]
+            images = [each.expand(-1, 3, -1, -1) for each in images]
+            grid = make_grid(torch.stack(images, dim=1).flatten(0, 1), nrow=len(images))
+            self.writers[0].add_image(title, grid.clamp(0, 1), self.done.step)
+        ema.train(was_training)
 
 
 # Interruption ---------------------------------------------------------------------------------
@@ -511,7 +541,7 @@ class Meter:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Turns Ctrl-C and SIGTERM into an entry of the list it gives; a second one acts as ever."""
+    """Turns Ctrl-C and SIGTERM into an entry of the list it gives; a second one acts at once."""
     received: list[int] = []
     before: dict[int, object] = {}
 
@@ -528,10 +558,17 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def any_process(received: list[int], run: Runtime) -> bool:
-    """Whether any of the processes was interrupted, the same answer in all of them."""
-    if run.world == 1:
-        return bool(received)
-    flag = torch.tensor(len(received))  # on the CPU, so that the GPU need not be waited for
-    dist.all_reduce(flag)
-    return bool(flag)
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns errors of memory and of the processes that load data into ones that name the remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError("The GPU's memory is full; give a smaller --batch-size") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DeviceError(
+            "A process that loads data was killed, as when memory or /dev/shm is full;"
+            " give --workers 0"
+        ) from error

@@ -1,8 +1,12 @@
-"""Pictures, networks and processes small enough to test with."""
+"""Images, networks and processes small enough to test with."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +16,14 @@ import torch
 import torchvision
 from PIL import Image
 
+import main
 import slice_images_w_overlapping
-from models import EdgeGenerator, Generator, save_network
+from device import Device
+from models import EdgeGenerator, Generator, SRResNet, save_network
 from tiles import HR, LR, SCALE, TEST, TRAINING
-from training import Runtime
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CPU = Runtime(torch.device("cpu"), torch.float32)
+CPU = Device(torch.device("cpu"))
 SIZE = 96  # LR pixels a side
 
 
@@ -35,15 +40,15 @@ def shrunk(hr: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(hr).resize(size, Image.Resampling.BICUBIC))
 
 
-def save(folder: Path, name: str, picture: np.ndarray) -> Path:
+def save(folder: Path, name: str, image: np.ndarray) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(folder / name)
+    Image.fromarray(image).save(folder / name)
     return folder / name
 
 
 @pytest.fixture(scope="session")
 def sliced(tmp_path_factory) -> Path:
-    """A root with four training pairs and one test picture with its truth, cut into 2 x 2."""
+    """A root with four training pairs and one test image with its ground truth, cut into 2 x 2."""
     root = tmp_path_factory.mktemp("root")
     for number in range(4):
         hr = photograph(number)
@@ -67,21 +72,23 @@ def vgg(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ckpts(tmp_path_factory) -> Path:
-    """A folder with untrained tiny networks."""
+    """A folder with untrained tiny networks, one for every stage to start from."""
     folder = tmp_path_factory.mktemp("ckpts")
     torch.manual_seed(0)
     save_network(EdgeGenerator(4, 1), folder / "EdgeModel_gen.pth")
-    save_network(Generator(8, 4), folder / "SRModel_gen.pth")
+    save_network(SRResNet(8, 4), folder / "SRResNet_gen.pth")
+    for name in ("EdgeStageModel", "PreModel", "SRModel"):
+        save_network(Generator(8, 4), folder / f"{name}_gen.pth")
     return folder
 
 
 def start(*arguments: object, processes: int = 1, **environment: str) -> subprocess.Popen:
-    """Starts tests/tiny.py, which is main.py with tiny networks, in one or several processes."""
+    """Starts main.py in one or several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
-        [*launcher, str(REPOSITORY / "tests" / "tiny.py"), *map(str, arguments)],
+        [*launcher, str(REPOSITORY / "main.py"), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,8 +97,66 @@ def start(*arguments: object, processes: int = 1, **environment: str) -> subproc
 
 
 def run(*arguments: object, processes: int = 1, **environment: str) -> str:
-    """Runs tests/tiny.py to its end and returns what it printed."""
+    """Runs main.py to its end and returns what it printed."""
     process = start(*arguments, processes=processes, **environment)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
+
+
+# Processes that need not import PyTorch anew: they are forks of one that has.
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(
+    ["torch.utils.tensorboard", "torchvision", "skimage.feature", "pytest"]
+)
+
+
+class Launched:
+    """Processes that run a function, as torchrun would run it if there are several."""
+
+    def __init__(self, log: Path, function: Callable, *arguments: object, processes: int = 1):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        several = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        several |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        self.log, self.processes = log, []
+        log.write_text("")
+        for rank in range(processes):
+            environment = {"OMP_NUM_THREADS": 1}
+            if processes > 1:
+                environment |= several | {"RANK": rank, "LOCAL_RANK": rank}
+            given = (environment, log, function, arguments)
+            process: BaseProcess = forks.Process(target=launched, args=given)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, timeout: float = 120) -> tuple[list[int], str]:
+        """Waits for all to end and returns their exit statuses and what they printed."""
+        for process in self.processes:
+            process.join(timeout)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        return [process.exitcode for process in self.processes], self.log.read_text()
+
+
+def launched(environment: dict, log: Path, function: Callable, arguments: tuple) -> None:
+    """What each process of `Launched` does."""
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def command(*arguments: object) -> None:
+    """Runs a command line of main.py in this process; `{rank}` in it stands for the process's."""
+    rank = os.environ.get("RANK", "0")
+    with main.plain_errors():
+        options = main.parse_options([str(each).replace("{rank}", rank) for each in arguments])
+        if options.command == "upscale":
+            main.upscale(options=options)
+        else:
+            main.COMMANDS[options.command](options)

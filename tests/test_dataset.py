@@ -2,22 +2,16 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import skimage
 import torch
 from conftest import photograph, save, shrunk
 
 import slice_images_w_overlapping
-from dataset import CropSampler, Draw, PairedTiles, canny, draw_colours, split
-from tiles import HR, LR, TEST, TRAINING, PictureError, read_picture
+from dataset import CropSampler, Draw, PairedTiles, crop_pair, draw_colors, split
+from images import ImageError, canny, read_image
+from tiles import HR, LR, TEST, TRAINING, whole
 
 
-def test_canny_is_scikit_images():
-    picture = photograph(0, 80)
-    expected = skimage.feature.canny(skimage.color.rgb2gray(picture), sigma=2)
-    assert (canny(picture) == expected).all() and expected.any()
-
-
-def test_whole_pictures_are_held_out(sliced):
+def test_whole_images_are_held_out(sliced):
     names, held_out = split(sliced, 4)
     assert len(held_out) == 1 and len(names) == 3  # a quarter of four at most
     assert not set(names) & set(held_out)
@@ -41,7 +35,7 @@ def test_crops_of_lr_and_hr_show_the_same_place(sliced):
 
 @pytest.mark.parametrize("edges", [(), ("lr",), ("lr", "hr")])
 def test_colours_change_alike_in_lr_and_hr(sliced, edges):
-    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, colour=True, edges=edges)
+    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, color=True, edges=edges)
     for position in range(40):
         item = dataset[Draw(0, 16, (0, position))]
         lr, hr = (item[kind].permute(1, 2, 0).numpy() for kind in ("lr", "hr"))
@@ -51,7 +45,7 @@ def test_colours_change_alike_in_lr_and_hr(sliced, edges):
 
 def test_each_colour_change_comes_every_other_time():
     rng = np.random.default_rng(0)
-    drawn = [change for _ in range(400) for change, _ in draw_colours(rng)]
+    drawn = [change for _ in range(400) for change, _ in draw_colors(rng)]
     counts = [drawn.count(change) for change in set(drawn)]
     assert len(counts) == 4 and all(160 < count < 240 for count in counts)
 
@@ -59,61 +53,61 @@ def test_each_colour_change_comes_every_other_time():
 def test_edges_are_those_of_the_whole_tile(sliced):
     names, _ = split(sliced, 0)
     dataset = PairedTiles(sliced, names, 24, edges=("lr", "hr"))
-    whole = canny(read_picture(dataset.pairs[0][1]))
+    tile = canny(read_image(dataset.pairs[0][1]))
     for position in range(4):
         item = dataset[Draw(0, 24, (0, position))]
         assert item["lr_edges"].shape == (1, 24, 24) and item["hr_edges"].shape == (1, 96, 96)
-        assert set(np.unique(item["hr_edges"])) <= {0, 1}
-        assert _found(item["hr_edges"][0].numpy(), whole)
+        assert set(np.unique(item["hr_edges"])) <= {0, 255}
+        assert _found(item["hr_edges"][0].numpy(), tile)
 
 
-def _found(crop: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether a crop, turned or mirrored, lies at a multiple of 4 in `whole`; a few misses pass."""
+def _found(crop: np.ndarray, tile: np.ndarray) -> bool:
+    """Whether a crop, turned or mirrored, lies at a multiple of 4 in `tile`; a few misses pass."""
     for flipped in (crop, crop[:, ::-1]):
         for turns in range(4):
             candidate = np.rot90(flipped, turns)
-            for top in range(0, whole.shape[0] - 95, 4):
-                for left in range(0, whole.shape[1] - 95, 4):
-                    if (whole[top : top + 96, left : left + 96] != candidate).mean() < 0.005:
+            for top in range(0, tile.shape[0] - 95, 4):
+                for left in range(0, tile.shape[1] - 95, 4):
+                    if (tile[top : top + 96, left : left + 96] != candidate).mean() < 0.005:
                         return True
     return False
 
 
 def test_the_same_draw_gives_the_same_crop(sliced):
-    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, colour=True, edges=("lr",))
+    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, color=True, edges=("lr",))
     first, second = (dataset[Draw(3, 20, (0, 7))] for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_sampler_draws_every_tile_once_an_epoch_with_one_size_a_batch():
-    batches = list(islice(CropSampler(12, 4, (16, 40), seed=0), 6))
+    batches = list(islice(CropSampler(12, 4, (16, 31), seed=0), 6))
     for epoch in (batches[:3], batches[3:]):
         assert sorted(draw.tile for batch in epoch for draw in batch) == list(range(12))
     assert all(len({draw.size for draw in batch}) == 1 for batch in batches)
-    sizes = {batch[0].size for batch in islice(CropSampler(12, 4, (16, 40), seed=0), 300)}
-    assert min(sizes) == 16 and max(sizes) == 40
+    sizes = {batch[0].size for batch in islice(CropSampler(12, 4, (16, 31), seed=0), 300)}
+    assert min(sizes) == 16 and max(sizes) == 31
 
 
 def test_sampler_goes_on_where_it_stopped():
-    whole = list(islice(CropSampler(7, 4, (16, 40), seed=0), 6))
-    assert list(islice(CropSampler(7, 4, (16, 40), seed=0, start=2), 4)) == whole[2:]
+    batches = list(islice(CropSampler(7, 4, (16, 31), seed=0), 6))
+    assert list(islice(CropSampler(7, 4, (16, 31), seed=0, start=2), 4)) == batches[2:]
 
 
 def test_processes_share_a_batch():
-    whole = list(islice(CropSampler(7, 4, (16, 40), seed=0), 5))
+    batches = list(islice(CropSampler(7, 4, (16, 31), seed=0), 5))
     shares = [
-        list(islice(CropSampler(7, 2, (16, 40), seed=0, rank=rank, world=2), 5)) for rank in (0, 1)
+        list(islice(CropSampler(7, 2, (16, 31), seed=0, rank=rank, world=2), 5)) for rank in (0, 1)
     ]
-    assert [a + b for a, b in zip(*shares, strict=True)] == whole
+    assert [a + b for a, b in zip(*shares, strict=True)] == batches
 
 
 def test_crops_larger_than_the_tiles_are_refused(sliced):
-    with pytest.raises(PictureError, match=r"0000_01_01\.png.*--tiles"):
+    with pytest.raises(ImageError, match=r"0000_01_01\.png.*--tiles"):
         PairedTiles(sliced, ["0000"], 64)
 
 
 def test_missing_tiles_are_refused(tmp_path):
-    with pytest.raises(PictureError, match="slice_images_w_overlapping"):
+    with pytest.raises(ImageError, match="slice_images_w_overlapping"):
         PairedTiles(tmp_path, [], 24)
 
 
@@ -127,3 +121,32 @@ def test_non_square_grids_pair_rows_with_rows(tmp_path):
         (f"wide_{at}.png", f"wide_{at}.png") for at in ("01_01", "01_02", "02_01", "02_02")
     ]
     assert (tmp_path / TRAINING / LR / "wide.png").exists()
+
+
+def test_half_of_the_lr_crops_pass_through_jpeg_and_canny_sees_them(sliced):
+    names, _ = split(sliced, 0)
+    edges = ("lr", "hr")
+    clean = PairedTiles(sliced, names, 24, edges=edges)
+    mixed = PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges)
+    changed = 0
+    for position in range(60):
+        draw = Draw(position % len(clean), 24, (0, position))
+        before, after = clean[draw], mixed[draw]
+        assert torch.equal(before["hr"], after["hr"])
+        assert torch.equal(before["hr_edges"], after["hr_edges"])
+        difference = (before["lr"].float() - after["lr"].float()).abs().mean()
+        assert difference < 12
+        changed += bool(difference > 0)
+        if difference == 0:
+            assert torch.equal(before["lr_edges"], after["lr_edges"])
+    assert 18 < changed < 42
+
+
+def test_lr_edges_are_those_of_the_jpeg_that_the_network_sees():
+    hr = photograph(0, 96)
+    lr = shrunk(hr)
+    item = crop_pair(lr, hr, whole(lr.shape), ("lr", "hr"), quality=60)
+    seen = item["lr"].permute(1, 2, 0).numpy()
+    assert (item["hr"].permute(1, 2, 0).numpy() == hr).all()
+    assert (seen != lr).any() and (item["lr_edges"][0].numpy() == canny(seen)).all()
+    assert (canny(seen) != canny(lr)).any() and (item["hr_edges"][0].numpy() == canny(hr)).all()

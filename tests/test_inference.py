@@ -1,13 +1,15 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from conftest import CPU, photograph
 
-import inference
-from dataset import canny, to_tensor
-from inference import enlarge, for_inference, predict_edges
-from models import Discriminator, EdgeGenerator, Generator, SRResNet
-from training import Runtime
+from device import Device, DeviceError, to_tensor
+from images import canny
+from inference import Enlarger, Windows, for_inference, render
+from models import EdgeGenerator, Generator, SRResNet
+from tiles import grow, shape_of, whole, windows
 
 
 def trained(network):
@@ -27,65 +29,117 @@ def trained(network):
         (EdgeGenerator(4, 2), [(1, 3, 12, 12), (1, 1, 12, 12)]),
         (SRResNet(8, 3), [(1, 3, 12, 12)]),
         (Generator(8, 4), [(1, 3, 12, 12), (1, 1, 48, 48)]),
-        (Discriminator(4), [(1, 3, 48, 48)]),
     ],
-    ids=["edges", "srresnet", "generator", "discriminator"],
+    ids=["edges", "srresnet", "generator"],
 )
 def test_folded_network_is_the_network(network, inputs):
     network = trained(network)
-    pictures = [torch.rand(shape) for shape in inputs]
+    images = [torch.rand(shape) for shape in inputs]
     folded = for_inference(network, CPU)
     with torch.no_grad():
-        assert torch.allclose(folded(*pictures), network(*pictures), atol=1e-5)
-    types = {type(module) for module in folded.modules()}
-    assert torch.nn.BatchNorm2d not in types
+        assert torch.allclose(folded(*images), network(*images), atol=1e-5)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert not any("weight_orig" in key for key in folded.state_dict())
 
 
-@pytest.fixture
-def small_windows(monkeypatch):
-    for name in ("EDGE_WINDOW", "TRUNK_WINDOW", "RENDER_WINDOW"):
-        monkeypatch.setattr(inference, name, {"TRUNK_WINDOW": 40}.get(name, 17))
+@pytest.mark.parametrize("size", [5, 23, 120])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 300), (97, 101)])
+def test_windows_cover_an_area_once_and_have_one_shape(shape, size):
+    for halo, area in product((0, 4, 12), (whole(shape), (slice(0, 1), slice(0, shape[1])))):
+        covered, shapes = np.zeros(shape, int), set()
+        for core, seen in windows(area, size, halo, shape):
+            covered[core] += 1
+            shapes.add(shape_of(seen))
+            for wanted, side in zip(grow(core, halo, shape), seen, strict=True):
+                assert side.start <= wanted.start and side.stop >= wanted.stop
+        assert (covered[area] == 1).all() and covered.sum() == np.prod(shape_of(area))
+        assert len(shapes) == 1
 
 
-def test_windows_meet_without_seams(small_windows, monkeypatch):
-    monkeypatch.setattr(inference, "TRUNK_HALO", 20)
-    monkeypatch.setattr(inference, "RENDER_HALO", 5)
+def test_windows_meet_without_seams(monkeypatch):
+    monkeypatch.setattr("inference.TRUNK_HALO", 20)
+    monkeypatch.setattr("inference.RENDER_HALO", 5)
     lr = photograph(0, 70)[:53]
     generator = for_inference(trained(Generator(8, 4)), CPU)
-    edges = np.random.default_rng(0).random((212, 280)).astype(np.float16)
-    hr = inference.render(lr, generator, edges, CPU)
+    edges = np.random.default_rng(0).integers(0, 256, (212, 280), np.uint8)
+    hr = render(lr, generator, CPU, Windows(17, 40, 17), edges)
     with torch.no_grad():
-        whole = generator(to_tensor(lr) / 127.5 - 1, to_tensor(edges[..., None]) * 2 - 1)
-    whole = ((whole[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-    assert np.abs(hr.astype(int) - whole).max() <= 1
+        whole_image = generator(to_tensor(lr) / 255, to_tensor(edges) / 255)
+    expected = (whole_image[0].permute(1, 2, 0) * 255).round().numpy()
+    assert np.abs(hr - expected).max() <= 1
 
 
-def test_edges_of_a_small_picture_are_the_networks_own():
+def test_edges_of_a_small_image_are_the_networks_own():
     lr = photograph(1, 40)[:36]
-    network = for_inference(EdgeGenerator(4, 1), CPU)
+    network = EdgeGenerator(4, 1)
     with torch.no_grad():
-        expected = network(to_tensor(lr) / 255, to_tensor(canny(lr)[..., None]))[0, 0]
-    assert np.allclose(predict_edges(lr, network, CPU), expected, atol=1e-3)
+        expected = network.eval()(to_tensor(lr) / 255, to_tensor(canny(lr)) / 255)[0, 0]
+    edges = Enlarger(None, network, CPU).predict_edges(lr)
+    assert np.abs(edges - 255 * expected.numpy()).max() <= 0.51
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (5, 61), (40, 33)])
-def test_pictures_of_any_shape_become_four_times_as_large(small_windows, shape):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 61), (40, 33)])
+def test_images_of_any_shape_become_four_times_as_large(shape):
     lr = photograph(0, 64)[: shape[0], : shape[1]]
-    edges = for_inference(EdgeGenerator(4, 1), CPU)
-    done = []
+    parts = []
     for generator in (Generator(8, 4), SRResNet(8, 4)):
-        hr = enlarge(lr, for_inference(generator, CPU), edges, CPU, done.append)
+        enlarger = Enlarger(generator, EdgeGenerator(4, 1), CPU)
+        enlarger.windows = Windows(17, 40, 17)
+        hr = enlarger(lr, progress=parts.append)
         assert hr.shape == (4 * shape[0], 4 * shape[1], 3) and hr.dtype == np.uint8
-    assert sum(done) == pytest.approx(2)
+    assert sum(parts) == pytest.approx(2)
+
+
+def test_grey_stays_grey():
+    gray = np.repeat(photograph(0, 30)[..., :1], 3, axis=2)
+    enlarger = Enlarger(trained(Generator(8, 4)), EdgeGenerator(4, 1), CPU)
+    hr = enlarger(gray)
+    assert (hr == hr[..., :1]).all() and hr.std() > 0
+    colored = enlarger(photograph(0, 30))
+    assert not (colored == colored[..., :1]).all()
 
 
 def test_bfloat16_changes_little():
-    run = Runtime(torch.device("cpu"), torch.bfloat16)
     lr = photograph(0, 32)
-    generator, edges = trained(Generator(8, 4)), EdgeGenerator(4, 1)
-    pictures = [
-        enlarge(lr, for_inference(generator, each), for_inference(edges, each), each).astype(float)
-        for each in (CPU, run)
-    ]
-    assert np.abs(pictures[0] - pictures[1]).mean() < 2
+    networks = trained(Generator(8, 4)), EdgeGenerator(4, 1)
+    bf16 = Device(torch.device("cpu"), torch.bfloat16)
+    images = [Enlarger(*networks, device)(lr).astype(float) for device in (CPU, bf16)]
+    assert np.abs(images[0] - images[1]).mean() < 2
+
+
+class SmallGpu(Device):
+    """A device with `free` bytes of its own; computes on the CPU."""
+
+    free = 4 * 2**30
+
+    def free_bytes(self):
+        return self.free
+
+
+def test_windows_take_half_of_a_gpus_memory():
+    half, full = (
+        Windows.of(SmallGpu(torch.device("cpu"), dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert 280 < half.edges < 340 and half.edges == half.trunk == half.render
+    assert full.edges == pytest.approx(half.edges / 2**0.5, abs=1)
+    assert Windows.of(CPU) == Windows()
+
+
+def test_windows_shrink_until_memory_suffices(monkeypatch):
+    lr = photograph(0, 64)
+    enlarger = Enlarger(trained(SRResNet(8, 4)), None, CPU)
+    expected, trunk = enlarger(lr), SRResNet.trunk
+
+    def small(self, features):
+        if features.shape[-1] > limit:
+            raise torch.OutOfMemoryError("no more")
+        return trunk(self, features)
+
+    monkeypatch.setattr(SRResNet, "trunk", small)
+    enlarger.windows, limit = Windows(128, 128, 128), 60
+    assert np.abs(enlarger(lr).astype(int) - expected).max() <= 1
+    assert enlarger.windows == Windows(16, 16, 16) or enlarger.windows.trunk < 60
+    limit = 0
+    with pytest.raises(DeviceError, match="--device cpu"):
+        enlarger(lr)

@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.distributed as dist
 
 import models
 from models import (
+    BatchNorm2d,
     Discriminator,
     EdgeDiscriminator,
     EdgeGenerator,
@@ -37,7 +39,7 @@ def edge_generator_keys() -> dict[str, tuple[int, ...]]:
 
 
 def generator_keys() -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the published SRModel_gen.pth."""
+    """Names and shapes in a generator that the original's training wrote."""
     keys: dict[str, tuple[int, ...]] = {}
 
     def conv(name, out, into, size):
@@ -71,13 +73,49 @@ def generator_keys() -> dict[str, tuple[int, ...]]:
     return keys
 
 
-def shapes(network):
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+def state_of(keys: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """A state dict of random numbers, whole ones where they count batches."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: torch.tensor(3) if shape == () else torch.rand(shape, generator=generator) - 0.5
+        for key, shape in keys.items()
+    }
 
 
-def test_names_and_shapes_are_the_published_ones():
-    assert shapes(EdgeGenerator()) == edge_generator_keys()
-    assert shapes(Generator()) == generator_keys()
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_files_load_as_they_are(tmp_path, prefix):
+    edges, images = state_of(edge_generator_keys()), state_of(generator_keys())
+    optimizer = {"state": {}, "param_groups": []}
+    contents = {
+        "edges": {"iteration": 7, "generator": edges},
+        "images": {"epoch": 3, "state_dict": images, "optim_dict": optimizer},
+        "bare": images,
+    }
+    for name, given in contents.items():
+        content = given
+        if prefix:
+            content = {
+                key: {prefix + k: v for k, v in value.items()}
+                if key in ("generator", "state_dict")
+                else value
+                for key, value in given.items()
+            }
+        torch.save(content, tmp_path / f"{name}.pth")
+        loaded = load_network(tmp_path / f"{name}.pth")
+        assert type(loaded) is (EdgeGenerator if name == "edges" else Generator)
+        state = loaded.state_dict()
+        assert len(state) == len(edges if name == "edges" else images)
+        assert not loaded.training
+        if name == "edges":
+            assert torch.equal(state["middle.7.conv_block.5.weight_u"],
+                               edges["middle.7.conv_block.5.weight_u"])  # fmt: skip
+        else:
+            for ours, theirs in {
+                "residual_blocks.19.conv2.weight": "residual_block20.conv2.weight",
+                "residual_blocks_edges.4.bn1.running_var": "residual_block_edges5.bn1.running_var",
+                "prelu.weight": "prelu.weight",
+            }.items():
+                assert torch.equal(state[ours], images[theirs])
 
 
 @pytest.mark.parametrize(
@@ -88,31 +126,12 @@ def test_sizes_are_the_original_ones(network, millions):
     assert round(count / 1e6, 2) == millions
 
 
-def test_published_files_load_as_they_are(tmp_path):
-    edges, pictures = EdgeGenerator(), Generator()
-    torch.save({"iteration": 7, "generator": edges.state_dict()}, tmp_path / "edges.pth")
-    optimizer = torch.optim.Adam(pictures.parameters())
-    content = {
-        "epoch": 3,
-        "state_dict": pictures.state_dict(),
-        "optim_dict": optimizer.state_dict(),
-    }
-    torch.save(content, tmp_path / "pictures.pth")
-    for name, network in {"edges": edges, "pictures": pictures}.items():
-        loaded = load_network(tmp_path / f"{name}.pth")
-        assert type(loaded) is type(network)
-        for key, value in loaded.state_dict().items():
-            assert torch.equal(value, network.state_dict()[key])
-
-
 @pytest.mark.parametrize(
     "network",
     [
         EdgeGenerator(4, 2),
-        EdgeDiscriminator(4),
         SRResNet(8, 3),
         Generator(8, 4),
-        Discriminator(4),
     ],
     ids=lambda network: type(network).__name__,
 )
@@ -133,30 +152,61 @@ def test_bad_files_are_named_and_code_in_them_not_run(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"state_dict": Code()}, tmp_path / "code.pth")
     torch.save({"unknown": 1}, tmp_path / "other.pth")
-    torch.save({"state_dict": SRResNet(4, 1).state_dict()}, tmp_path / "unfit.pth")
-    for name in ("text", "code", "other", "unfit"):
-        with pytest.raises(WeightError, match=f"{name}.pth"):
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"state_dict": {"a": "b"}}, tmp_path / "words.pth")
+    broken = Generator(8, 4).state_dict()
+    broken["conv2.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(broken, tmp_path / "nan.pth")
+    cut = {k: v for k, v in Generator(8, 4).state_dict().items() if k != "bn4.bias"}
+    torch.save(cut, tmp_path / "unfit.pth")
+    for name in ("text", "code", "other", "unfit", "list", "words", "nan", "none"):
+        with pytest.raises(WeightError, match=rf"{name}\.pth") as error:
             load_network(tmp_path / f"{name}.pth")
+        assert "\n" not in str(error.value)
     assert "ran" not in capsys.readouterr().out
 
 
-def test_pictures_and_edges_become_four_times_as_large():
+def test_a_network_under_the_wrong_name_is_refused(tmp_path):
+    save_network(Generator(8, 4), tmp_path / "EdgeModel_gen.pth")
+    with pytest.raises(WeightError, match="holds Generator, not EdgeGenerator"):
+        load_network(tmp_path / "EdgeModel_gen.pth", EdgeGenerator)
+
+
+def test_weights_beyond_half_precision_stay_exact(tmp_path):
+    network = SRResNet(8, 1)
+    with torch.no_grad():
+        network.conv2.weight[0, 0, 0, 0] = 1e6
+    save_network(network, tmp_path / "a.pth")
+    assert load_network(tmp_path / "a.pth").conv2.weight[0, 0, 0, 0] == 1e6
+
+
+def test_images_and_edges_become_four_times_as_large():
     lr, lr_edges = torch.rand(2, 3, 12, 20), torch.zeros(2, 1, 12, 20)
     hr_edges = EdgeGenerator(4, 1)(lr, lr_edges)
     assert hr_edges.shape == (2, 1, 48, 80)
     assert hr_edges.min() >= 0 and hr_edges.max() <= 1
-    for sr in (SRResNet(8, 2)(lr * 2 - 1), Generator(8, 4)(lr * 2 - 1, hr_edges * 2 - 1)):
+    for sr in (SRResNet(8, 2)(lr), Generator(8, 4)(lr, hr_edges)):
         assert sr.shape == (2, 3, 48, 80)
-        assert sr.abs().max() <= 1
+        assert sr.min() >= 0 and sr.max() <= 1
 
 
 def test_discriminators_answer():
     hr, edges = torch.rand(2, 3, 64, 96), torch.rand(2, 1, 64, 96)
-    answers = Discriminator(4)(hr * 2 - 1)
+    answers = Discriminator(4)(hr)
     assert answers.shape == (2,) and ((answers > 0) & (answers < 1)).all()
     scores, features = EdgeDiscriminator(4)(hr, edges)
     assert [f.shape[1] for f in features] == [4, 8, 16, 32, 1]
     assert torch.equal(scores, features[-1])
+
+
+def test_a_ring_of_bias_joins_the_discriminators_mean():
+    torch.manual_seed(0)
+    network, hr = Discriminator(4).eval(), torch.rand(1, 3, 64, 64)
+    seen = network.layers[:-1](2 * hr - 1)
+    last = network.layers[-1]
+    scores = torch.einsum("nchw,c->nhw", seen, last.weight[0, :, 0, 0]) + last.bias
+    total = scores.sum() + last.bias * (6 * 6 - 4 * 4)
+    assert torch.allclose(network(hr), torch.sigmoid(total / 36), atol=1e-6)
 
 
 def test_generator_starts_as_its_trunk():
@@ -165,7 +215,7 @@ def test_generator_starts_as_its_trunk():
     for parameter in trunk.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     generator = Generator.from_trunk(trunk).eval()
-    lr, edges = torch.rand(1, 3, 10, 10) * 2 - 1, torch.rand(1, 1, 40, 40) * 2 - 1
+    lr, edges = torch.rand(1, 3, 10, 10), torch.rand(1, 1, 40, 40)
     assert torch.allclose(generator(lr, edges), trunk(lr), atol=1e-5)
     assert generator.state_dict().keys() == Generator(8, 4).state_dict().keys()
 
@@ -173,14 +223,14 @@ def test_generator_starts_as_its_trunk():
 def test_edges_matter_once_trained():
     torch.manual_seed(0)
     generator = Generator(8, 4).eval()
-    lr = torch.rand(1, 3, 10, 10) * 2 - 1
-    dark, light = generator(lr, -torch.ones(1, 1, 40, 40)), generator(lr, torch.ones(1, 1, 40, 40))
+    lr = torch.rand(1, 3, 10, 10)
+    dark, light = generator(lr, torch.zeros(1, 1, 40, 40)), generator(lr, torch.ones(1, 1, 40, 40))
     assert not torch.allclose(dark, light)
 
 
 def test_an_interrupted_save_keeps_the_old_weights(tmp_path, monkeypatch):
     path = tmp_path / "a.pth"
-    save_network(Discriminator(4), path)
+    save_network(SRResNet(4, 1), path)
     before = path.read_bytes()
 
     def half(content, file):
@@ -189,7 +239,7 @@ def test_an_interrupted_save_keeps_the_old_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(models.torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        save_network(Discriminator(4), path)
+        save_network(SRResNet(4, 1), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -205,3 +255,29 @@ def test_prelu_is_pytorchs(dtype, tolerance):
         results.append((y, x.grad, prelu.weight.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "in a group"])
+def group(request):
+    """Once without and once with a group of processes, this one its only member."""
+    if request.param:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if request.param:
+        dist.destroy_process_group()
+
+
+def test_batch_norm_is_pytorchs(group):
+    results = []
+    for kind in (BatchNorm2d, torch.nn.BatchNorm2d):
+        torch.manual_seed(0)
+        norm = kind(3)
+        torch.nn.init.uniform_(norm.weight)
+        torch.nn.init.uniform_(norm.bias)
+        x = (2 * torch.randn(4, 3, 5, 6) + 1).requires_grad_()
+        y = norm(x)
+        (y * torch.randn(y.shape)).sum().backward()
+        results.append([y, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+        results[-1].append(norm.eval()(x))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)

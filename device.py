@@ -1,0 +1,269 @@
+"""Where the networks run: device, precision, processes."""
+
+import contextlib
+import ctypes
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from console import UserError, warn
+
+WAIT_FOR_OTHERS = timedelta(days=1)  # processes that test have unequal shares
+T = TypeVar("T")
+
+
+class DeviceError(UserError):
+    """The device, or its memory, does not suit what was asked for."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how precisely to compute, and which process of how many this is."""
+
+    torch: torch.device
+    dtype: torch.dtype = torch.float32  # of the networks' arithmetic; weights and losses: float32
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self) -> torch.autocast:
+        """Returns the context to run networks in."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.torch.type, self.dtype if enabled else None, enabled=enabled)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Moves a network to the device, in the memory layout convolutions are fastest in."""
+        return network.to(self.torch, memory_format=torch.channels_last)
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Copies a tensor to the device without waiting; uint8 becomes float32 in [0, 1]."""
+        tensor = tensor.to(self.torch, non_blocking=True)
+        if tensor.dtype == torch.uint8:
+            tensor = tensor / 255
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    def expect_one_shape(self, always: bool) -> None:
+        """Lets cuDNN search for the fastest kernels, which pays where shapes repeat."""
+        torch.backends.cudnn.benchmark = always
+
+    def free_bytes(self) -> int | None:
+        """Returns the device's free memory; None where it shares the processor's."""
+        return torch.cuda.mem_get_info(self.torch)[0] if self.torch.type == "cuda" else None
+
+    def gather(self, items: list) -> list:
+        """Returns the items of all processes, in all of them."""
+        if self.world == 1:
+            return items
+        gathered: list[list] = [[] for _ in range(self.world)]
+        dist.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
+
+    def from_first(self, function: Callable[..., T], *arguments: object) -> T:
+        """Calls a function in the first process and returns its result in all.
+
+        Args:
+            function: returns tensors and plain values, however nested.
+
+        Raises:
+            UserError: the function raised one; the other processes end without a word.
+        """
+        if self.world == 1:
+            return function(*arguments)
+        sent, error = [None], None
+        if self.rank == 0:
+            buffer = io.BytesIO()
+            try:
+                torch.save({"result": function(*arguments)}, buffer)
+            except (UserError, OSError) as raised:
+                error = raised
+                torch.save({"error": True}, buffer)
+            sent = [buffer.getvalue()]
+        dist.broadcast_object_list(sent, device=torch.device("cpu"))
+        content = torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
+        if "error" in content:
+            raise error or SystemExit(1)
+        return content["result"]
+
+    def any_process(self, flag: bool) -> bool:
+        """Returns whether the flag is set in any process, the same answer in all of them."""
+        if self.world == 1:
+            return flag
+        total = torch.tensor(int(flag))  # on the CPU, so that the GPU need not be waited for
+        dist.all_reduce(total)
+        return bool(total)
+
+    def average_gradients(self, networks: Iterable[nn.Module]) -> None:
+        """Gives every process the mean of all processes' gradients."""
+        if self.world == 1:
+            return
+        parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        parts = (flat / self.world).split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+@contextlib.contextmanager
+def open_device(
+    name: str = "auto", precision: str = "auto", training: bool = False
+) -> Iterator[Device]:
+    """Finds device and precision and, under torchrun, joins the other processes.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "mps".
+        precision: "fp32", "bf16", "fp16", or "auto": see `choose_precision`.
+        training: whether gradients are needed, for which float16 is too coarse.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    kind = choose_kind(name, quiet=rank > 0)
+    if kind == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+        torch.backends.cudnn.allow_tf32 = False  # SSIM subtracts squares
+    else:
+        place = torch.device(kind)
+    dtype = choose_precision(kind, precision, training, quiet=rank > 0)
+    keep_freed_memory()
+    if world > 1:
+        torch.set_num_threads(threads_per_process())
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
+    try:
+        yield Device(place, dtype, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def choose_kind(name: str, quiet: bool = False) -> str:
+    """Returns "cuda", "mps" or "cpu": what was asked for or, for "auto", the best that works here.
+
+    Raises:
+        DeviceError: what was asked for is not here.
+    """
+    obstacle = cuda_obstacle()
+    if name == "cuda" and obstacle:
+        raise DeviceError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: PyTorch finds no Apple GPU; leave the option out")
+    if name != "auto":
+        return name
+    if not obstacle:
+        return "cuda"
+    if torch.cuda.is_available() and not quiet:
+        warn(f"{obstacle}; using the CPU")
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cuda_obstacle() -> str | None:
+    """Returns why CUDA cannot be used here, None if it can.
+
+    A GPU runs what was compiled for its own major version and at most its minor one, and, compiled
+    again by the driver, PTX code of any earlier version.
+    """
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU"
+    own = torch.cuda.get_device_capability()
+    for architecture in torch.cuda.get_arch_list():
+        kind, _, digits = architecture.rstrip("af").partition("_")
+        version = int(digits[:-1]), int(digits[-1])
+        if version <= own and (kind == "compute" or version[0] == own[0]):
+            return None
+    name = torch.cuda.get_device_name()
+    return f"this PyTorch was not built for {name} (compute capability {own[0]}.{own[1]})"
+
+
+def choose_precision(
+    kind: str, precision: str = "auto", training: bool = False, quiet: bool = False
+) -> torch.dtype:
+    """Returns the networks' precision.
+
+    "auto" is bfloat16 where the processor computes in it; else float16 on a CUDA GPU that tests,
+    and float32 everywhere else. Trainings in float16 become float32 ones, with a warning.
+    """
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if kind == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
+        has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    automatic = torch.bfloat16 if has_bf16 else torch.float16 if kind == "cuda" else torch.float32
+    dtype = named.get(precision, automatic)
+    if dtype == torch.float16 and training:
+        if not quiet:
+            warn("Training in float32: gradients do not fit float16, and bfloat16 is not here")
+        return torch.float32
+    return dtype
+
+
+def threads_per_process() -> int:
+    """Returns the CPU threads for each of the processes that torchrun started on this machine.
+
+    torchrun sets OMP_NUM_THREADS to 1 unless the user has set it: only another value is theirs.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "1")
+    return max(1, processor_share()) if given == "1" else int(given)
+
+
+def processor_share() -> int:
+    """Returns the processor cores there are for each process on this machine, at least one."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks for the next tensor, as PyTorch does on GPUs.
+
+    By default it returns them to the system, whose fresh pages cost time. Elsewhere than on Linux
+    nothing happens.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**26)
+
+
+def release_freed_memory() -> None:
+    """Returns what `keep_freed_memory` kept: images of many sizes would fragment it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# Tensors and arrays ---------------------------------------------------------------------------
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """Returns the (1, C, H, W) tensor of an `(H, W, C)` or `(H, W)` array: same values and type."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image))
+    return (tensor[..., None] if tensor.ndim == 2 else tensor).permute(2, 0, 1)[None]
+
+
+def to_image(tensor: Tensor) -> np.ndarray:
+    """Returns the `(H, W, C)` uint8 array of a (1, C, H, W) tensor in [0, 1], rounded."""
+    return (tensor[0].permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors; gradients are summed likewise."""
+
+    @staticmethod
+    def forward(ctx: object, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, gradient)

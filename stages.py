@@ -1,0 +1,422 @@
+"""The six trainings, a class each, named after the weight file that it writes.
+
+A stage owns its networks and knows its losses; `training.fit` steps, logs and saves them. Edge
+generator: `EdgePreModel` on pixels, then `EdgeModel` against its discriminator (Edge-Informed
+SISR, section 3.1). HR generator: `SRResNet` without edges, `EdgeStageModel` to bring the edges in,
+`PreModel` the whole, `SRModel` with all losses and the discriminator (SRGAN; Edge.SRGAN).
+"""
+
+import contextlib
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from device import Device
+from images import bicubic, canny
+from inference import Enlarger
+from losses import (
+    PerceptualLoss,
+    discriminator_loss,
+    edge_cross_entropy,
+    feature_matching,
+    generator_terms,
+    hinge_discriminator,
+    hinge_generator,
+    squared_error,
+    vgg_state,
+)
+from metrics import Metrics, compare, compare_edges, precision_recall
+from models import (
+    Discriminator,
+    EdgeDiscriminator,
+    EdgeGenerator,
+    Generator,
+    SRResNet,
+    WeightError,
+    build_network,
+    load_state,
+)
+from tiles import SCALE
+
+Batch = dict[str, Tensor]
+Losses = dict[str, dict[str, Tensor]]  # of each network: its terms by name, to be summed
+
+
+def halved(step: int, recipe: "Recipe") -> float:
+    """Returns the learning rate relative to its start: halved every 250 000 batches."""
+    return 0.5 ** (step * recipe.accumulate // 250_000)
+
+
+def cosine(step: int, recipe: "Recipe") -> float:
+    """Returns the learning rate relative to its peak: a short warm-up, then a cosine to 2 %."""
+    warm_up = min(200, recipe.steps / 10)
+    return min(1, (step + 1) / warm_up) * (0.51 + 0.49 * math.cos(math.pi * step / recipe.steps))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The hyperparameters of a stage."""
+
+    steps: int  # updates of the weights
+    crops: tuple[int, int]  # smallest and largest, LR pixels a side
+    batch_size: int = 8  # crops per batch in each process
+    accumulate: int = 1  # batches per step
+    learning_rate: float = 1e-4  # of Adam, at its peak
+    trunk_rate: float = 1.0  # of the LR stage's learning rate to the rest's; 0: it is frozen
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    schedule: Callable[[int, "Recipe"], float] = halved
+    color: bool = False  # vary colours, besides flips and quarter turns
+    jpeg: float = 0.0  # part of the LR crops that pass through JPEG
+    edges: tuple[str, ...] = ("lr", "hr")  # Canny edges the losses need
+    true_edges: float = 0.0  # part of each batch given ground-truth edges, not predicted ones
+
+
+class Stage:
+    """A training: its networks, `gen` and perhaps `dis`, in training mode on the device."""
+
+    recipe: Recipe
+    name: ClassVar[str]  # of the files
+    best_by: ClassVar[str]  # the validation metric of which most is best
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name", cls.__name__)
+
+    def __init__(self, recipe: Recipe, device: Device) -> None:
+        self.recipe, self.device = recipe, device
+        self.networks: dict[str, nn.Module] = {}
+
+    def add(self, key: str, network: nn.Module) -> nn.Module:
+        """Makes a network one of the stage's own; returns it."""
+        self.networks[key] = self.device.place(network).train()
+        return network
+
+    def parameter_groups(self, key: str) -> list[dict]:
+        """Returns a network's groups for Adam, each with its `factor` of the learning rate."""
+        return [{"params": list(self.networks[key].parameters()), "factor": 1.0}]
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        """Returns the weighted terms of each network's loss, and scalars to log.
+
+        Args:
+            batch: of `PairedTiles`, on the device, images and edges float in [0, 1].
+        """
+        raise NotImplementedError
+
+    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        """Returns a generator's metrics for one LR and HR image, uint8."""
+        raise NotImplementedError
+
+    def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        """Returns the metrics to beat: those of bicubic interpolation."""
+        return compare(bicubic(lr, SCALE), hr, self.device)
+
+    def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        """Returns what a generator makes of a batch: by title, columns of images in [0, 1]."""
+        raise NotImplementedError
+
+
+def start(kind: type[nn.Module], path: Path, device: Device) -> nn.Module:
+    """Returns the network in a weight file, which the first process reads for all."""
+    return build_network(device.from_first(load_state, path), path, kind)
+
+
+def nearest(lr: Tensor) -> Tensor:
+    """Returns LR images or edges at HR size, each pixel a block."""
+    return F.interpolate(lr, scale_factor=SCALE, mode="nearest")
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Lets gradients pass through a network without reaching its weights."""
+    network.requires_grad_(False)
+    yield
+    network.requires_grad_(True)
+
+
+# The edge generator ---------------------------------------------------------------------------
+
+
+class EdgePreModel(Stage):
+    """The edge generator on the cross-entropy with Canny's edges of HR."""
+
+    recipe = Recipe(
+        steps=5_000,
+        crops=(32, 32),
+        learning_rate=4e-4,
+        betas=(0.9, 0.99),
+        schedule=cosine,
+        jpeg=0.5,
+    )
+    best_by = "F1"
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, device)
+        path = self.start_path(options)
+        generator = start(EdgeGenerator, path, device) if path else EdgeGenerator()
+        self.generator = self.add("gen", generator)
+
+    def start_path(self, options: Namespace) -> Path | None:
+        """Returns the weight file the generator starts from, if any."""
+        return options.init
+
+    def predict(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Returns HR edges (N, 1, 4H, 4W) in [0, 1]."""
+        with self.device.autocast():
+            return network(batch["lr"], batch["lr_edges"])
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        edges = self.predict(self.generator, batch)
+        terms = {"cross-entropy": edge_cross_entropy(edges, batch["hr_edges"])}
+        return {"gen": terms}, self.scalars(edges, batch)
+
+    def scalars(self, edges: Tensor, batch: Batch) -> Metrics:
+        """Returns precision and recall of a batch, exact to the pixel."""
+        precision, recall = precision_recall(edges, batch["hr_edges"])
+        return {"edges/precision": precision, "edges/recall": recall}
+
+    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        edges = Enlarger(None, network, self.device).predict_edges(lr)
+        return compare_edges(edges, canny(hr), self.device)
+
+    def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        """Returns the metrics to beat: those of the LR image's own edges, enlarged."""
+        return compare_edges(bicubic(canny(lr), SCALE), canny(hr), self.device)
+
+    def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        columns = [nearest(batch["lr_edges"]), self.predict(network, batch), batch["hr_edges"]]
+        return {"edges of LR, predicted, of HR": columns}
+
+
+class EdgeModel(EdgePreModel):
+    """The edge generator against its discriminator, as Edge-Informed SISR trains it."""
+
+    recipe = Recipe(steps=20_000, crops=(64, 64), betas=(0.0, 0.9), jpeg=0.5)
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
+        width = self.generator.arguments["width"]
+        self.discriminator = self.add("dis", EdgeDiscriminator(width))
+
+    def start_path(self, options: Namespace) -> Path:
+        return options.init or options.ckpts / "EdgePreModel_gen.pth"
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        hr, hr_edges = batch["hr"], batch["hr_edges"]
+        edges = self.predict(self.generator, batch)
+        with self.device.autocast():
+            on_hr, hr_features = self.discriminator(hr, hr_edges)
+            on_detached, _ = self.discriminator(hr, edges.detach())
+            with frozen(self.discriminator):
+                on_predicted, features = self.discriminator(hr, edges)
+        generator = {
+            "adversarial": hinge_generator(on_predicted.float()),
+            "feature matching": feature_matching(features, hr_features),
+        }
+        hinge = hinge_discriminator(on_hr.float(), on_detached.float())
+        return {"gen": generator, "dis": {"hinge": hinge}}, self.scalars(edges, batch) | {
+            "discriminator/hr": on_hr.float().mean(),
+            "discriminator/sr": on_detached.float().mean(),
+        }
+
+
+# The HR generator -----------------------------------------------------------------------------
+
+
+class SRResNetModel(Stage):
+    """The HR generator's LR stage by itself, as the SRResNet of Ledig et al., on squared error."""
+
+    recipe = Recipe(
+        steps=20_000,
+        crops=(24, 24),
+        batch_size=16,
+        learning_rate=4e-4,
+        betas=(0.9, 0.99),
+        schedule=cosine,
+        edges=(),
+    )
+    name = "SRResNet"
+    best_by = "SSIM"
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, device)
+        network = start(SRResNet, options.init, device) if options.init else SRResNet()
+        self.generator = self.add("gen", network)
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        with self.device.autocast():
+            sr = self.generator(batch["lr"])
+        return {"gen": {"mse": squared_error(sr, batch["hr"])}}, {}
+
+    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return compare(Enlarger(network, None, self.device)(lr), hr, self.device)
+
+    def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        with self.device.autocast():
+            sr = network(batch["lr"])
+        return {"LR, generated, HR": [nearest(batch["lr"]), sr, batch["hr"]]}
+
+
+class PreModel(Stage):
+    """The whole HR generator on squared error, half of every batch with ground-truth edges.
+
+    Given crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
+    """
+
+    recipe = Recipe(
+        steps=6_000,
+        crops=(24, 24),
+        learning_rate=4e-4,
+        trunk_rate=0.1,
+        betas=(0.9, 0.99),
+        schedule=cosine,
+        jpeg=0.5,
+        true_edges=0.5,
+    )
+    best_by = "SSIM"
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, device)
+        self.generator = self.add("gen", self.start_generator(options))
+        if self.recipe.trunk_rate == 0:
+            for module in self.trunk():
+                module.requires_grad_(False).eval()
+        path = options.ckpts / "EdgeModel_gen.pth"
+        self.edge_generator = start(EdgeGenerator, path, device)
+        self.edges = Enlarger(None, self.edge_generator, device)
+
+    def start_generator(self, options: Namespace) -> Generator:
+        """Returns the generator that training starts from."""
+        path = options.init or options.ckpts / "EdgeStageModel_gen.pth"
+        return start(Generator, path, self.device)
+
+    def trunk(self) -> list[nn.Module]:
+        """Returns the modules of the LR stage; the first PReLU, which both share, is not one."""
+        stages = [*self.generator.edge_stage, self.generator.prelu]
+        return [module for module in self.generator.children() if module not in stages]
+
+    def parameter_groups(self, key: str) -> list[dict]:
+        if key != "gen" or self.recipe.trunk_rate == 1:
+            return super().parameter_groups(key)
+        trunk = [p for module in self.trunk() for p in module.parameters()]
+        known = {id(p) for p in trunk}
+        rest = [p for p in self.generator.parameters() if id(p) not in known]
+        groups = [{"params": rest, "factor": 1.0}]
+        if self.recipe.trunk_rate:
+            groups.append({"params": trunk, "factor": self.recipe.trunk_rate})
+        return groups
+
+    @torch.no_grad()
+    def hr_edges(self, batch: Batch) -> Tensor:
+        """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
+        true = round(self.recipe.true_edges * len(batch["lr"]))
+        known = batch["hr_edges"][:true] if true else batch["lr"].new_empty(0)
+        if true == len(batch["lr"]):
+            return known
+        with self.device.autocast():
+            network = self.edges.edge_generator
+            predicted = network(batch["lr"][true:], batch["lr_edges"][true:])
+        return torch.cat([known, predicted]) if true else predicted
+
+    def generate(self, network: nn.Module, batch: Batch, hr_edges: Tensor) -> Tensor:
+        """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
+        with self.device.autocast():
+            return network(batch["lr"], hr_edges)
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        sr = self.generate(self.generator, batch, self.hr_edges(batch))
+        return {"gen": {"mse": squared_error(sr, batch["hr"])}}, {}
+
+    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        enlarger = Enlarger(network, self.edge_generator, self.device)
+        height, width = (SCALE * side for side in lr.shape[:2])
+        with_true = compare(enlarger(lr, canny(hr[:height, :width])), hr, self.device)
+        if self.recipe.true_edges == 1:
+            return with_true
+        metrics = compare(enlarger(lr), hr, self.device)
+        return metrics | {f"{key} true edges": with_true[key] for key in ("PSNR", "SSIM")}
+
+    def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        with self.device.autocast():
+            edges = self.edges.edge_generator(batch["lr"], batch["lr_edges"])
+        given = batch["hr_edges"] if self.recipe.true_edges == 1 else edges
+        sr = self.generate(network, batch, given)
+        return {
+            "LR, generated, HR": [nearest(batch["lr"]), sr, batch["hr"]],
+            "edges of LR, predicted, of HR": [
+                nearest(batch["lr_edges"]),
+                edges,
+                batch["hr_edges"],
+            ],
+        }
+
+
+class EdgeStageModel(PreModel):
+    """The HR generator's edge stage alone, on ground-truth edges, the trained LR stage frozen."""
+
+    recipe = Recipe(
+        steps=2_000,
+        crops=(24, 24),
+        learning_rate=5e-4,
+        trunk_rate=0.0,
+        betas=(0.9, 0.99),
+        schedule=cosine,
+        true_edges=1.0,
+    )
+
+    def start_generator(self, options: Namespace) -> Generator:
+        path = options.init or options.ckpts / "SRResNet_gen.pth"
+        network = build_network(self.device.from_first(load_state, path), path, SRResNet, Generator)
+        return network if isinstance(network, Generator) else Generator.from_trunk(network)
+
+
+class SRModel(PreModel):
+    """The whole HR generator with all of Edge.SRGAN's losses, against its discriminator."""
+
+    recipe = Recipe(
+        steps=250_000,
+        crops=(16, 31),
+        accumulate=2,
+        color=True,
+        jpeg=0.5,
+        true_edges=0.5,
+    )
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
+        self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
+        self.perceptual = device.place(PerceptualLoss(device.from_first(vgg_state, options.vgg)))
+        for module in self.generator.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # crops are recoloured, images are not: keep the statistics
+
+    def start_generator(self, options: Namespace) -> Generator:
+        path = options.init or options.ckpts / "PreModel_gen.pth"
+        try:
+            network = start(Generator, path, self.device)
+        except WeightError as error:
+            raise WeightError(f"{error}; `python main.py pretrain` makes it") from error
+        return network
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        hr = batch["hr"]
+        sr = self.generate(self.generator, batch, self.hr_edges(batch))
+        with self.device.autocast():
+            on_hr, on_detached = self.discriminator(hr), self.discriminator(sr.detach())
+            with frozen(self.discriminator):
+                on_sr = self.discriminator(sr)
+            perceptual = self.perceptual(sr, hr)
+        terms = generator_terms(sr, hr, perceptual, on_sr)
+        real_or_fake = discriminator_loss(on_hr, on_detached, batch["softness"])
+        return {"gen": terms, "dis": {"cross-entropy": real_or_fake}}, {
+            "SSIM": 1 - terms["ssim"],
+            "discriminator/hr": on_hr.mean(),
+            "discriminator/sr": on_detached.mean(),
+        }

@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+from conftest import CPU, photograph
+from PIL import Image, ImageCms
+
+import join_slice_images
+import main
+import slice_images_w_overlapping
+from inference import Enlarger
+from models import SRResNet, load_network, save_network
+from tiles import JOINED, LR, OUTPUT, TEST
+
+SIDE = 40
+
+
+@pytest.fixture
+def upscale(ckpts, tmp_path, capsys):
+    """Runs the command in a folder of images; returns its exit status and what it printed."""
+
+    def run(*arguments):
+        given = ["upscale", "--ckpts", str(ckpts), "--precision", "fp32", *map(str, arguments)]
+        status = 0
+        try:
+            main.upscale(options=main.parse_options(given))
+        except SystemExit as left:
+            status = left.code
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def image(number=0):
+    return Image.fromarray(photograph(number, SIDE))
+
+
+def test_the_result_is_that_of_slicing_testing_and_joining(upscale, ckpts, tmp_path):
+    folder = tmp_path / TEST / LR
+    folder.mkdir(parents=True)
+    image().save(folder / "a.png")
+    root = ["--root", str(tmp_path)]
+    assert slice_images_w_overlapping.main(root) == 0
+    main.test(main.parse_options(["test", *root, "--ckpts", str(ckpts), "--precision", "fp32"]))
+    assert join_slice_images.main(root) == 0
+    assert upscale(folder / "a.png")[0] == 0
+    joined = np.asarray(Image.open(folder / OUTPUT / JOINED / "candidate_a.png"))
+    alone = np.asarray(Image.open(folder / "a_x4.png"))
+    assert alone.shape == (4 * SIDE, 4 * SIDE, 3)
+    assert np.abs(joined.astype(int) - alone).max() <= 1
+
+
+def transparent():
+    alpha = np.zeros((SIDE, SIDE), np.uint8)
+    alpha[10:30, 10:30] = 255
+    return Image.fromarray(np.dstack([photograph(0, SIDE), alpha]))
+
+
+def palette():
+    made = image().quantize(8)
+    made.info["transparency"] = 0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "mode", "sentence"),
+    [
+        ("scan.png", lambda: image().convert("L"), "L", ""),
+        ("one_bit.png", lambda: image().convert("1"), "L", ""),
+        ("logo.png", transparent, "RGBA", ""),
+        ("palette.png", palette, "RGBA", ""),
+        ("print.jpg", lambda: image().convert("CMYK"), "RGB", "CMYK"),
+        ("photo.webp", image, "RGB", ""),
+        ("photo.tif", image, "RGB", ""),
+        ("photo.bmp", image, "RGB", ""),
+        (
+            "deep.png",
+            lambda: Image.fromarray(photograph(0, SIDE)[..., 0].astype(np.uint16) * 257),
+            "L",
+            "8 bits",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_images_of_all_kinds(upscale, tmp_path, name, make, mode, sentence):
+    made = make()
+    made.save(tmp_path / name)
+    status, printed = upscale(tmp_path / name)
+    assert status == 0 and sentence in printed
+    with Image.open(tmp_path / f"{name.partition('.')[0]}_x4.png") as result:
+        assert result.mode == mode and result.size == (4 * SIDE, 4 * SIDE)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_photographs_come_out_upright_with_profile_and_exif(upscale, tmp_path, orientation):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo = Image.fromarray(photograph(0, SIDE)[:24])
+    exif = photo.getexif()
+    exif[0x0112], exif[0x010F] = orientation, "Maker"
+    photo.save(tmp_path / "a.jpg", exif=exif, icc_profile=profile, dpi=(300, 300))
+    for output in (tmp_path / "out.jpg", tmp_path / "out.png"):
+        assert upscale(tmp_path / "a.jpg", "--output", output)[0] == 0
+        with Image.open(output) as result:
+            turned = 5 <= orientation <= 8
+            assert result.size == ((96, 160) if turned else (160, 96))
+            assert result.info["icc_profile"] == profile
+            kept = result.getexif()
+            assert kept.get(0x010F) == "Maker" and kept.get(0x0112, 1) == 1
+            assert round(result.info["dpi"][0]) == 300
+
+
+def test_folders_are_enlarged_and_bad_files_left_out(upscale, tmp_path):
+    source, target = tmp_path / "in", tmp_path / "out"
+    (source / "deeper").mkdir(parents=True)
+    image(0).save(source / "a.png")
+    image(1).save(source / "deeper" / "b.jpg")
+    (source / "bad.png").write_text("no image")
+    (source / "notes.txt").write_text("no image")
+    status, printed = upscale(source, "--output", target)
+    assert status == 1 and "bad.png" in printed and "notes" not in printed
+    assert [path.name for path in target.rglob("*.png")] == ["a_x4.png"]
+    status, printed = upscale(source, "--output", target, "--recursive")
+    assert status == 1 and "--overwrite" in printed
+    assert (target / "deeper" / "b_x4.png").exists()
+
+
+def test_results_are_no_images_of_their_folder(upscale, tmp_path):
+    image().save(tmp_path / "a.png")
+    assert upscale(tmp_path, "--preview", "--fast")[0] == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a.png", "a_x4.png", "a_x4_preview.png"}
+    assert upscale(tmp_path, "--preview", "--fast", "--overwrite")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_nothing_is_overwritten_unasked(upscale, tmp_path):
+    image().save(tmp_path / "a.png")
+    (tmp_path / "a_x4.png").write_text("mine")
+    assert upscale(tmp_path / "a.png")[0] == 1
+    assert (tmp_path / "a_x4.png").read_text() == "mine"
+    assert upscale(tmp_path / "a.png", "--overwrite")[0] == 0
+    assert Image.open(tmp_path / "a_x4.png").size == (4 * SIDE, 4 * SIDE)
+
+
+def test_edges_can_be_given(upscale, tmp_path):
+    image().save(tmp_path / "a.png")
+    results = []
+    for value in (0, 255):
+        Image.new("L", (4 * SIDE, 4 * SIDE), value).save(tmp_path / "edges.png")
+        status, _ = upscale(tmp_path / "a.png", "--edges", tmp_path / "edges.png", "--overwrite")
+        assert status == 0
+        results.append(np.asarray(Image.open(tmp_path / "a_x4.png")))
+    assert (results[0] != results[1]).any()
+    Image.new("L", (SIDE, SIDE)).save(tmp_path / "edges.png")
+    status, printed = upscale(tmp_path / "a.png", "--edges", tmp_path / "edges.png", "--overwrite")
+    assert status == 1 and "edges.png" in printed
+
+
+def test_no_images_and_no_such_file(upscale, tmp_path):
+    with pytest.raises(main.UserError, match="which images"):
+        upscale()
+    status, printed = upscale(tmp_path / "none.png")
+    assert status == 1 and "none.png" in printed
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".tif"])
+def test_output_tells_the_format_and_the_last_line_where(upscale, tmp_path, suffix):
+    image().save(tmp_path / "a.png")
+    status, printed = upscale(tmp_path / "a.png", "--output", tmp_path / f"b{suffix}")
+    assert status == 0 and "Upscaled: 1 images, in " in printed and str(tmp_path) in printed
+    with Image.open(tmp_path / f"b{suffix}") as result:
+        expected = {".jpg": "JPEG", ".webp": "WEBP", ".tif": "TIFF"}[suffix]
+        assert result.format == expected and result.size == (4 * SIDE, 4 * SIDE)
+
+
+def test_fast_is_the_srresnet_which_needs_no_edges(upscale, ckpts, tmp_path):
+    (tmp_path / "ckpts").mkdir()
+    save_network(SRResNet(8, 4), tmp_path / "ckpts" / "SRResNet_gen.pth")
+    image().save(tmp_path / "a.png")
+    assert upscale(tmp_path / "a.png", "--fast", "--ckpts", tmp_path / "ckpts")[0] == 0
+    network = load_network(tmp_path / "ckpts" / "SRResNet_gen.pth")
+    expected = Enlarger(network, None, CPU)(photograph(0, SIDE))
+    assert np.abs(np.asarray(Image.open(tmp_path / "a_x4.png")).astype(int) - expected).max() <= 1
