@@ -16,7 +16,7 @@ import numpy as np
 from console import UserError, existing_folder, plain_errors, positive_int, progress
 from dataset import through_jpeg
 from device import open_device, to_tensor
-from images import bicubic, canny, read_image
+from images import bicubic, canny, read_image, repeat
 from inference import Enlarger
 from metrics import Metrics, compare, compare_edges, mean_of, print_table
 from tiles import HR, LR, ROOT, SCALE, TEST, find_images
@@ -41,7 +41,7 @@ def main() -> None:
     edges: dict[str, list[Metrics]] = {}
     with open_device() as device:
         edge_path = options.ckpts / "EdgeModel_gen.pth"
-        trunk, before, after = (
+        srresnet, premodel, srmodel = (
             Enlarger.load(options.ckpts / f"{name}_gen.pth", edge_path, device)
             for name in ("SRResNet", "PreModel", "SRModel")
         )
@@ -50,20 +50,20 @@ def main() -> None:
             hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
             if options.jpeg:
                 lr = through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
-            true, predicted = canny(hr), after.predict_edges(lr)
+            true, predicted = canny(hr), srmodel.predict_edges(lr)
             given = {"true": true, "predicted": predicted, "no": np.zeros_like(true)}
-            made = {"bicubic": bicubic(lr, SCALE), "SRResNet": trunk(lr)}
-            for title, enlarger in {"PreModel": before, "SRModel": after}.items():
+            made = {"bicubic": bicubic(lr, SCALE), "SRResNet": srresnet(lr)}
+            for title, enlarger in {"PreModel": premodel, "SRModel": srmodel}.items():
                 made |= {f"{title}, {kind} edges": enlarger(lr, e) for kind, e in given.items()}
             for title, sr in made.items():
                 images.setdefault(title, []).append(compare(sr, hr, device))
-            repeated = np.kron(canny(lr), np.ones((SCALE, SCALE), np.uint8))
-            for title, found in {"edges of LR, enlarged": repeated, "predicted": predicted}.items():
+            enlarged = repeat(canny(lr), SCALE)
+            for title, found in {"edges of LR, enlarged": enlarged, "predicted": predicted}.items():
                 for tolerance in (0, 1):
                     row = edges.setdefault(f"{title}, within {tolerance} px", [])
                     row.append(compare_edges(found, true, device, tolerance))
     for table in (images, edges):
-        print_table({title: mean_of(rows) for title, rows in table.items()})
+        print_table([(title, mean_of(rows)) for title, rows in table.items()])
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def measure(stage: str, plain: bool, options: argparse.Namespace) -> dict:
 
 def result(device: Device, seconds: float, amount: float, unit: str, flops: float = 0) -> dict:
     """Returns a measurement, with the peaks of matrix product and memory added."""
-    if device.torch.type == "cuda":
+    if device.torch_device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
         own, workers = (
@@ -133,15 +133,15 @@ def result(device: Device, seconds: float, amount: float, unit: str, flops: floa
 
 def matrix_product(device: Device) -> float:
     """Returns the FLOP/s of a large matrix product in the precision the networks run in."""
-    size = 2048 if device.torch.type == "cpu" else 8192
-    a, b = torch.rand(2, size, size, device=device.torch, dtype=device.dtype)
+    size = 2048 if device.torch_device.type == "cpu" else 8192
+    a, b = torch.rand(2, size, size, device=device.torch_device, dtype=device.dtype)
     a @ b
     return 2 * size**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(9))
 
 
 def timed(work: Callable[[], object], device: Device | None = None) -> float:
     """Returns the seconds that `work` takes, on the device too."""
-    on_gpu = device is not None and device.torch.type == "cuda"
+    on_gpu = device is not None and device.torch_device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -174,9 +174,9 @@ def count_flops(work: Callable[[], object]) -> int:
 
 def test(device: Device, plain: bool, with_edges: bool = True) -> dict:
     """Returns the time of a whole image; of the plain way, extrapolated from some tiles."""
-    generator = make_plain(Generator() if with_edges else SRResNet()).to(device.torch).eval()
-    edge_generator = make_plain(EdgeGenerator()).to(device.torch).eval()
-    lr = torch.rand(1, 3, TILE, TILE, device=device.torch)
+    generator = make_plain(Generator() if with_edges else SRResNet()).to(device.torch_device).eval()
+    edge_generator = make_plain(EdgeGenerator()).to(device.torch_device).eval()
+    lr = torch.rand(1, 3, TILE, TILE, device=device.torch_device)
 
     @torch.no_grad()
     def tile() -> None:
@@ -188,7 +188,7 @@ def test(device: Device, plain: bool, with_edges: bool = True) -> dict:
         seconds = statistics.median(timed(tile, device) for _ in range(5)) * (SIDE / CELL) ** 2
     else:
         enlarger = Enlarger(type(generator)(), EdgeGenerator() if with_edges else None, device)
-        on_gpu = device.torch.type == "cuda"
+        on_gpu = device.torch_device.type == "cuda"
         enlarger(photograph(SIDE if on_gpu else TILE))  # the same size where kernels are tuned
         image = photograph(SIDE)
         seconds = timed(lambda: enlarger(image), device)
@@ -197,11 +197,11 @@ def test(device: Device, plain: bool, with_edges: bool = True) -> dict:
 
 def train(device: Device, plain: bool) -> dict:
     """Returns the time of a step of the generator: forward, backward, update."""
-    generator = Generator().to(device.torch)
+    generator = Generator().to(device.torch_device)
     generator = make_plain(generator) if plain else device.place(generator)
     optimizer = torch.optim.Adam(generator.parameters(), fused=not plain)
     lr, hr_edges, hr = (
-        torch.rand(BATCH, channels, size, size, device=device.torch)
+        torch.rand(BATCH, channels, size, size, device=device.torch_device)
         for channels, size in ((3, CROP), (1, SCALE * CROP), (3, SCALE * CROP))
     )
     lr, hr_edges, hr = (each if plain else device.send(each) for each in (lr, hr_edges, hr))
@@ -215,7 +215,7 @@ def train(device: Device, plain: bool) -> dict:
 
     step()
     seconds = statistics.median(timed(step, device) for _ in range(5))
-    plain_generator = make_plain(Generator()).to(device.torch)
+    plain_generator = make_plain(Generator()).to(device.torch_device)
     flops = count_flops(lambda: plain_generator(lr, hr_edges).mean().backward())
     return result(device, seconds, BATCH, "HR patches", flops)
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import math
+import os
 import struct
 import sys
 import time
@@ -17,6 +18,7 @@ from weakref import WeakSet
 from tqdm import tqdm
 
 LOG_INTERVAL = 30  # seconds between two states of a bar in a log file
+PARTS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
 
 # What Pillow, NumPy, OpenCV and the file system are known to raise over one bad file.
 FILE_ERRORS = (
@@ -71,7 +73,8 @@ def plain_errors() -> Iterator[None]:
         return
     for bar in list(Bar.bars):
         bar.close()
-    warn(message)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once on every machine
+        warn(message)
     raise SystemExit(status)
 
 
@@ -92,9 +95,9 @@ class Bar(tqdm):
             super().refresh(*args, **options)
 
 
-def progress(*args: object, **options: object) -> Bar:
-    """Returns a progress bar; the arguments are those of tqdm."""
-    return Bar(*args, **options)
+def progress(*args: object, disable: bool = False, **options: object) -> Bar:
+    """Returns a progress bar, shown by the first process; the arguments are those of tqdm."""
+    return Bar(*args, disable=disable or os.environ.get("RANK", "0") != "0", **options)
 
 
 def say(text: str) -> None:
@@ -110,6 +113,29 @@ def warn(text: str) -> None:
 def _write(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"
     tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def report(
+    done: str, made: int, problems: list[str], start: float, where: object, present: int = 0
+) -> int:
+    """Prints what a command did, and a warning for each image it had to leave out.
+
+    Args:
+        done: the verb.
+        start: of `time.monotonic()`.
+        where: what to look at.
+        present: how many results were there already.
+
+    Returns:
+        The exit status: 1 if anything was left out.
+    """
+    for problem in problems:
+        warn(f"Left out {problem}")
+    counts = [f"{done}: {made} image{'s' * (made != 1)}"]
+    counts += [f"{present} there already"] if present else []
+    counts += [f"{len(problems)} left out"] if problems else []
+    say(f"{', '.join(counts)}, in {time.monotonic() - start:.1f} s: {where}")
+    return 1 if problems else 0
 
 
 def in_parallel(
@@ -145,12 +171,8 @@ def in_parallel(
                         for warning in future.result() or ():
                             warn(warning)
                         done += 1
-                    except StorageError:
-                        raise
-                    except UserError as error:
-                        problems[number] = one_line(error)
-                    except FILE_ERRORS as error:
-                        problems[number] = _problem(arguments[number], error)
+                    except (UserError, *FILE_ERRORS) as error:
+                        problems[number] = problem(arguments[number][0], error)
                     bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -158,13 +180,17 @@ def in_parallel(
     return done, [problems[number] for number in sorted(problems)]
 
 
-def _problem(arguments: tuple, error: Exception) -> str:
-    """Returns "file: reason" for an error that is not a UserError itself.
+def problem(path: Path, error: Exception) -> str:
+    """Returns "file: reason" for an error met while working on the file at `path`.
 
     Raises:
         StorageError: the error concerns more than one file.
     """
-    name = getattr(error, "filename", None) or arguments[0]
+    if isinstance(error, StorageError):
+        raise error
+    if isinstance(error, UserError):
+        return one_line(error)
+    name = getattr(error, "filename", None) or path
     if isinstance(error, OSError):
         if stops_all := StorageError.of(error, name):
             raise stops_all from error
@@ -182,6 +208,14 @@ def non_negative_int(text: str) -> int:
     return _whole(text, 0)
 
 
+def seed(text: str) -> int:
+    """Parses an option that seeds random numbers."""
+    number = _whole(text, 0)
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit 63 bits")
+    return number
+
+
 def _whole(text: str, least: int) -> int:
     try:
         number = int(text)
@@ -194,13 +228,25 @@ def _whole(text: str, least: int) -> int:
 
 def positive_float(text: str) -> float:
     """Parses an option that is a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
+
+
+def probability(text: str) -> float:
+    """Parses an option that is a number in [0, 1]."""
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def existing_folder(text: str) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as transforms
 
+from console import progress
 from device import to_tensor
 from images import CANNY_REACH, ImageError, canny, image_size, read_image
 from tiles import (
@@ -24,6 +25,7 @@ from tiles import (
     TILES,
     TRAINING,
     Area,
+    check_pair,
     find_images,
     find_tiles,
     grow,
@@ -44,18 +46,24 @@ def split(root: Path, held_out: int) -> tuple[list[str], dict[str, tuple[Path, P
     Returns:
         The ids of the images to train on, and {id: (LR, HR)} of those to validate with, evenly
         spread over the sorted ids.
+
+    Raises:
+        ImageError: an image's tiles are not all there, or not of the image as it is now.
     """
     lr, _ = find_images(root / TRAINING / LR)
     hr, _ = find_images(root / TRAINING / HR)
-    tiled = sorted(find_tiles(root / TRAINING / LR / TILES))
-    whole = [name for name in tiled if name in lr and name in hr]
+    lr_tiles = find_tiles(root / TRAINING / LR / TILES)
+    whole = [name for name in sorted(lr_tiles) if name in lr and name in hr]
+    hr_tiles = find_tiles(root / TRAINING / HR / TILES)
+    for name in progress(whole, "Checking tiles", unit="image", leave=False):
+        check_pair(name, lr[name], hr[name], lr_tiles[name], hr_tiles.get(name, {}))
     count = min(held_out, len(whole) // 4)
     chosen = {whole[i * len(whole) // count] for i in range(count)}
     training = [name for name in whole if name not in chosen]
     return training, {name: (lr[name], hr[name]) for name in sorted(chosen)}
 
 
-class Draw(NamedTuple):
+class CropRequest(NamedTuple):
     """One crop to make: of which tile, of how many LR pixels a side, with which random numbers."""
 
     tile: int
@@ -63,12 +71,12 @@ class Draw(NamedTuple):
     seed: tuple[int, int]
 
 
-class CropSampler(Sampler[list[Draw]]):
-    """Batches of draws, without end; every tile once an epoch, one crop size per batch.
+class CropSampler(Sampler[list[CropRequest]]):
+    """Batches of crop requests, without end; every tile once an epoch, one crop size per batch.
 
     Args:
         tiles: how many there are.
-        batch_size: draws per batch in each process.
+        batch_size: crops per batch in each process.
         sizes: smallest and largest crop in LR pixels a side.
         seed: of everything random.
         start: number of the first batch.
@@ -89,7 +97,7 @@ class CropSampler(Sampler[list[Draw]]):
         self.tiles, self.batch_size, self.sizes, self.seed = tiles, batch_size, sizes, seed
         self.start, self.rank, self.world = start, rank, world
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[CropRequest]]:
         epoch, order = -1, None
         number = self.start
         while True:
@@ -98,13 +106,15 @@ class CropSampler(Sampler[list[Draw]]):
                 np.random.default_rng((self.seed, 0, number)).integers(smallest, largest + 1)
             )
             first = (number * self.world + self.rank) * self.batch_size
-            draws = []
+            requests = []
             for position in range(first, first + self.batch_size):
                 if position // self.tiles != epoch:
                     epoch = position // self.tiles
                     order = np.random.default_rng((self.seed, 1, epoch)).permutation(self.tiles)
-                draws.append(Draw(int(order[position % self.tiles]), size, (self.seed, position)))
-            yield draws
+                requests.append(
+                    CropRequest(int(order[position % self.tiles]), size, (self.seed, position))
+                )
+            yield requests
             number += 1
 
 
@@ -158,24 +168,24 @@ class PairedTiles(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:
-        rng = np.random.default_rng((*draw.seed, 2))
-        lr, hr = map(read_image, self.pairs[draw.tile])
+    def __getitem__(self, request: CropRequest) -> dict[str, Tensor]:
+        rng = np.random.default_rng((*request.seed, 2))
+        lr, hr = map(read_image, self.pairs[request.tile])
         height, width, _ = lr.shape
         if hr.shape[:2] != (SCALE * height, SCALE * width):
             raise ImageError(
-                f"{self.pairs[draw.tile][1]}: not {SCALE} times its LR tile's size;"
+                f"{self.pairs[request.tile][1]}: not {SCALE} times its LR tile's size;"
                 " run `python slice_images_w_overlapping.py` again"
             )
-        top = int(rng.integers(height - draw.size + 1))
-        left = int(rng.integers(width - draw.size + 1))
+        top = int(rng.integers(height - request.size + 1))
+        left = int(rng.integers(width - request.size + 1))
         changes = draw_colors(rng) if self.color else []
         flip, turns = bool(rng.integers(2)), int(rng.integers(4))
         softness = torch.from_numpy(rng.random(2, dtype=np.float32))
         quality = int(rng.integers(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1))
         compressed = rng.random() < self.jpeg
 
-        area = slice(top, top + draw.size), slice(left, left + draw.size)
+        area = slice(top, top + request.size), slice(left, left + request.size)
         item = crop_pair(lr, hr, area, self.edges, changes, quality if compressed else None)
         item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
         return item | {"softness": softness}

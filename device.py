@@ -24,11 +24,15 @@ class DeviceError(UserError):
     """The device, or its memory, does not suit what was asked for."""
 
 
+class NotFiniteError(DeviceError):
+    """A network's output is not a number, as after an overflow."""
+
+
 @dataclass(frozen=True)
 class Device:
     """Where and how precisely to compute, and which process of how many this is."""
 
-    torch: torch.device
+    torch_device: torch.device
     dtype: torch.dtype = torch.float32  # of the networks' arithmetic; weights and losses: float32
     rank: int = 0
     world: int = 1
@@ -36,26 +40,32 @@ class Device:
     def autocast(self) -> torch.autocast:
         """Returns the context to run networks in."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.torch.type, self.dtype if enabled else None, enabled=enabled)
+        return torch.autocast(
+            self.torch_device.type, self.dtype if enabled else None, enabled=enabled
+        )
 
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network to the device, in the memory layout convolutions are fastest in."""
-        return network.to(self.torch, memory_format=torch.channels_last)
+        return network.to(self.torch_device, memory_format=torch.channels_last)
 
     def send(self, tensor: Tensor) -> Tensor:
         """Copies a tensor to the device without waiting; uint8 becomes float32 in [0, 1]."""
-        tensor = tensor.to(self.torch, non_blocking=True)
+        tensor = tensor.to(self.torch_device, non_blocking=True)
         if tensor.dtype == torch.uint8:
             tensor = tensor / 255
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
-    def expect_one_shape(self, always: bool) -> None:
-        """Lets cuDNN search for the fastest kernels, which pays where shapes repeat."""
-        torch.backends.cudnn.benchmark = always
+    def tune_kernels(self, enabled: bool) -> None:
+        """Has cuDNN time its kernels for every new shape, which pays where shapes repeat."""
+        torch.backends.cudnn.benchmark = enabled
 
     def free_bytes(self) -> int | None:
-        """Returns the device's free memory; None where it shares the processor's."""
-        return torch.cuda.mem_get_info(self.torch)[0] if self.torch.type == "cuda" else None
+        """Returns the device's free memory; None where it shares the CPU's."""
+        return (
+            torch.cuda.mem_get_info(self.torch_device)[0]
+            if self.torch_device.type == "cuda"
+            else None
+        )
 
     def gather(self, items: list) -> list:
         """Returns the items of all processes, in all of them."""
@@ -131,6 +141,9 @@ def open_device(
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
         torch.backends.cudnn.allow_tf32 = False  # SSIM subtracts squares
+        if os.name == "posix" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            # Crops of many sizes would fragment memory; read when the first tensor is made.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
         place = torch.device(kind)
     dtype = choose_precision(kind, precision, training, quiet=rank > 0)
@@ -152,13 +165,13 @@ def choose_kind(name: str, quiet: bool = False) -> str:
     Raises:
         DeviceError: what was asked for is not here.
     """
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: PyTorch finds no Apple GPU; leave the option out")
+    if name in ("cpu", "mps"):
+        return name
     obstacle = cuda_obstacle()
     if name == "cuda" and obstacle:
         raise DeviceError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("--device mps: PyTorch finds no Apple GPU; leave the option out")
-    if name != "auto":
-        return name
     if not obstacle:
         return "cuda"
     if torch.cuda.is_available() and not quiet:
@@ -174,6 +187,8 @@ def cuda_obstacle() -> str | None:
     """
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
+    if torch.version.hip:  # AMD's GPUs have names instead of versions
+        return None
     own = torch.cuda.get_device_capability()
     for architecture in torch.cuda.get_arch_list():
         kind, _, digits = architecture.rstrip("af").partition("_")
@@ -251,7 +266,15 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def to_image(tensor: Tensor) -> np.ndarray:
-    """Returns the `(H, W, C)` uint8 array of a (1, C, H, W) tensor in [0, 1], rounded."""
+    """Returns the `(H, W, C)` uint8 array of a (1, C, H, W) tensor in [0, 1], rounded.
+
+    Raises:
+        NotFiniteError: a value is not a number.
+    """
+    if tensor.isnan().any():
+        raise NotFiniteError(
+            "The network's output is not a number; give --precision fp32 or other weights"
+        )
     return (tensor[0].permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()
 
 

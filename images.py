@@ -8,6 +8,7 @@ import io
 import os
 import secrets
 import struct
+import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # about EXIF data that is le
 CANNY_SIGMA = 2
 CANNY_REACH = 4 * CANNY_SIGMA  # pixels beyond which the smoothing takes nothing in
 
-KNOWN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+KNOWN = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 MAYBE = (".avif", ".heic", ".heif")  # if the installed Pillow can open them
 READERS = {
     suffix: Image.registered_extensions()[suffix]
@@ -75,7 +76,6 @@ class Photo:
     Attributes:
         rgb: `(H, W, 3)` uint8, upright. Where `alpha` is 0, the nearest visible colour.
         alpha: `(H, W)` uint8; None if all is opaque.
-        gray: whether the three channels are equal everywhere, whatever the file's mode.
         icc: the colour profile that `rgb` is to be seen with.
         exif: the EXIF data that tell about the image, without orientation and thumbnail.
         dpi: horizontal and vertical.
@@ -84,11 +84,15 @@ class Photo:
 
     rgb: np.ndarray
     alpha: np.ndarray | None = None
-    gray: bool = False
     icc: bytes | None = None
     exif: bytes | None = None
     dpi: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def gray(self) -> bool:
+        """Whether the three channels are equal everywhere, whatever the file's mode."""
+        return bool((self.rgb[..., :1] == self.rgb[..., 1:]).all())
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -105,11 +109,11 @@ def read_photo(path: Path) -> Photo:
         if image.format != "MPO" and getattr(image, "is_animated", False):
             notes.append("only its first frame is used")
         rgb, alpha, icc = _decode(image, notes)
-        gray = bool((rgb[..., :1] == rgb[..., 1:]).all())
-        if icc and icc[16:20] != b"RGB " and not (gray and icc[16:20] == b"GRAY"):
+        photo = Photo(rgb, alpha, icc, _kept_exif(image, notes), _dpi(image), notes)
+        if icc and icc[16:20] != b"RGB " and not (icc[16:20] == b"GRAY" and photo.gray):
             notes.append("its colour profile does not fit its colours and is left out")
-            icc = None
-        return Photo(rgb, alpha, gray, icc, _kept_exif(image, notes), _dpi(image), notes)
+            photo.icc = None
+        return photo
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -137,12 +141,17 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def read_stamp(path: Path) -> str | None:
     """Returns the stamp `write_png` gave a file; None without one, or without a readable file."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[str | None, tuple[int, int]]:
+    """Returns stamp, height and width of a file of `write_png`; None and zeros of any other."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             stamp = image.info.get("Source")
-            return None if stamp is None else str(stamp)
+            return None if stamp is None else str(stamp), (image.height, image.width)
     except FILE_ERRORS:
-        return None
+        return None, (0, 0)
 
 
 @contextmanager
@@ -438,6 +447,16 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises StorageError unless files can be written to a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise StorageError.of(error, folder) or error from error
+
+
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -463,6 +482,11 @@ def bicubic(image: np.ndarray, scale: float) -> np.ndarray:
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def repeat(image: np.ndarray, scale: int) -> np.ndarray:
+    """Returns an image, or edges, at `scale` times the size, each pixel a block."""
+    return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def canny(image: np.ndarray) -> np.ndarray:

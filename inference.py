@@ -26,15 +26,15 @@ EDGE_SHARE = 0.28  # of the multiply-adds of both generators
 BYTES_PER_PIXEL = 21_000  # of a window at LR size in two-byte precision; 6.9 GiB at 600 x 600
 LARGEST_WINDOW, SMALLEST_WINDOW = 1024, 24
 
-Progress = Callable[[float], object]
+OnProgress = Callable[[float], object]
 
 
 @dataclass(frozen=True)
 class Windows:
     """Sides of the windows in LR pixels, those of rendering lying within those of the trunk.
 
-    The trunk looks far but costs little, rendering the reverse. The defaults keep a processor's
-    caches busy.
+    The trunk looks far but costs little, rendering the reverse. The defaults keep a CPU's caches
+    busy.
     """
 
     edges: int = 120
@@ -51,7 +51,7 @@ class Windows:
         side = max(SMALLEST_WINDOW, min(side, LARGEST_WINDOW))
         return cls(side, side, side)
 
-    def halved(self) -> "Windows":
+    def smaller(self) -> "Windows":
         """Returns windows of half the side.
 
         Raises:
@@ -79,7 +79,6 @@ class Enlarger:
         self.device, self.windows = device, Windows.of(device)
         self.generator = generator and for_inference(generator, device)
         self.edge_generator = edge_generator and for_inference(edge_generator, device)
-        device.expect_one_shape(True)
 
     @classmethod
     def load(cls, generator: Path, edge_generator: Path, device: Device) -> "Enlarger":
@@ -94,14 +93,17 @@ class Enlarger:
         return cls(network, edges, device)
 
     def __call__(
-        self, lr: np.ndarray, edges: np.ndarray | None = None, progress: Progress = lambda _: None
+        self,
+        lr: np.ndarray,
+        edges: np.ndarray | None = None,
+        on_progress: OnProgress = lambda _: None,
     ) -> np.ndarray:
         """Returns the HR image of an LR image; a grey one's is grey.
 
         Args:
             lr: `(H, W, 3)` uint8, RGB.
             edges: HR edges to use instead of predicted ones, `(4H, 4W)` uint8 in [0, 255].
-            progress: called after every window with the part of the work that it was.
+            on_progress: called after every window with the part of the work that it was.
 
         Returns:
             `(4H, 4W, 3)` uint8, RGB.
@@ -111,26 +113,37 @@ class Enlarger:
         """
         share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
         if share:
-            edges = self.predict_edges(lr, lambda part: progress(share * part))
-        sr = self._in_windows(render, lr, edges, lambda part: progress((1 - share) * part))
+            edges = self.predict_edges(lr, lambda part: on_progress(share * part))
+        rest = 1 - share
+        sr = self._with_windows(
+            lambda windows: render(
+                lr,
+                self.generator,
+                self.device,
+                windows,
+                edges,
+                lambda part: on_progress(rest * part),
+            )
+        )
         release_freed_memory()
         if (lr == lr[..., :1]).all():
             sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)
         return sr
 
-    def predict_edges(self, lr: np.ndarray, progress: Progress = lambda _: None) -> np.ndarray:
+    def predict_edges(self, lr: np.ndarray, on_progress: OnProgress = lambda _: None) -> np.ndarray:
         """Returns the HR edges of an LR image, `(4H, 4W)` uint8 in [0, 255]."""
-        return self._in_windows(predict_edges, lr, progress)
+        return self._with_windows(
+            lambda windows: find_edges(lr, self.edge_generator, self.device, windows, on_progress)
+        )
 
-    def _in_windows(self, function: Callable[..., np.ndarray], *arguments: object) -> np.ndarray:
-        """Calls a function, with smaller windows where memory runs out."""
-        network = self.edge_generator if function is predict_edges else self.generator
+    def _with_windows(self, work: Callable[[Windows], np.ndarray]) -> np.ndarray:
+        """Returns what `work` makes in windows, smaller ones where memory runs out."""
         while True:
             try:
-                return function(*arguments[:1], network, self.device, self.windows, *arguments[1:])
+                return work(self.windows)
             except torch.OutOfMemoryError:
-                self.windows = self.windows.halved()
-                torch.cuda.empty_cache()
+                self.windows = self.windows.smaller()
+            torch.cuda.empty_cache()  # not before the error has let its tensors go
 
 
 def for_inference(network: nn.Module, device: Device) -> nn.Module:
@@ -152,19 +165,19 @@ def for_inference(network: nn.Module, device: Device) -> nn.Module:
 
 
 @torch.inference_mode()
-def predict_edges(
+def find_edges(
     lr: np.ndarray,
     edge_generator: EdgeGenerator,
     device: Device,
-    sizes: Windows,
-    progress: Progress = lambda _: None,
+    sides: Windows,
+    on_progress: OnProgress = lambda _: None,
 ) -> np.ndarray:
     """Returns the HR edges of an LR image.
 
     Args:
         lr: `(H, W, 3)` uint8, RGB.
         edge_generator: of `for_inference`.
-        progress: called after every window with the part of the work that it was.
+        on_progress: called after every window with the part of the work that it was.
 
     Returns:
         `(4H, 4W)` uint8: probability times 255.
@@ -175,14 +188,16 @@ def predict_edges(
         lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
     area = whole(lr.shape)
     edges = np.empty(shape_of(scaled(area)), np.uint8)
-    for core, seen in windows(area, sizes.edges, EDGE_HALO, lr.shape):
+    places = list(windows(area, sides.edges, EDGE_HALO, lr.shape))
+    device.tune_kernels(len(places) > 1)
+    for core, seen in places:
         around = grow(seen, CANNY_REACH, lr.shape)
         lr_edges = canny(lr[around])[within(seen, around)]
         inputs = [device.send(to_tensor(each)) for each in (lr[seen], lr_edges)]
         with device.autocast():
             predicted = edge_generator(*inputs)
         edges[scaled(core)] = to_image(predicted)[scaled(within(core, seen))][..., 0]
-        progress(prod(shape_of(core)) / prod(lr.shape[:2]))
+        on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
     return edges[scaled(asked)]
 
 
@@ -191,9 +206,9 @@ def render(
     lr: np.ndarray,
     generator: SRResNet,
     device: Device,
-    sizes: Windows,
+    sides: Windows,
     edges: np.ndarray | None = None,
-    progress: Progress = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> np.ndarray:
     """Returns the HR image of an LR image and its HR edges.
 
@@ -201,22 +216,24 @@ def render(
         lr: `(H, W, 3)` uint8, RGB.
         generator: of `for_inference`.
         edges: `(4H, 4W)` uint8 for a `Generator`; an `SRResNet` needs none.
-        progress: called after every window with the part of the work that it was.
+        on_progress: called after every window with the part of the work that it was.
 
     Returns:
         `(4H, 4W, 3)` uint8, RGB.
     """
     area = whole(lr.shape)
     hr = np.empty((*shape_of(scaled(area)), 3), np.uint8)
-    for block, seen in windows(area, sizes.trunk, TRUNK_HALO, lr.shape):
+    places = list(windows(area, sides.trunk, TRUNK_HALO, lr.shape))
+    device.tune_kernels(len(places) > 1)
+    for block, seen in places:
         with device.autocast():
             features = generator.trunk(device.send(to_tensor(lr[seen])))
-        for core, around in windows(block, sizes.render, RENDER_HALO, lr.shape):
+        for core, around in windows(block, sides.render, RENDER_HALO, lr.shape):
             inputs = [features[:, :, *within(around, seen)]]
             if isinstance(generator, Generator):
                 inputs.append(device.send(to_tensor(edges[scaled(around)])))
             with device.autocast():
                 sr = generator.render(*inputs)
             hr[scaled(core)] = to_image(sr[:, :, *scaled(within(core, around))])
-            progress(prod(shape_of(core)) / prod(lr.shape[:2]))
+            on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
     return hr

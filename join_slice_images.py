@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, say, warn
+from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, report
 from images import read_image, read_photo, write_image
 from tiles import (
     JOINED,
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         fresh = find_tiles(folder / OUTPUT)
         for name in sorted(fresh.keys() - images.keys()):
             tile = next(iter(fresh[name].values()))
-            left_out.append(f"{tile}: belongs to no image in {folder}; remove it and its like")
+            left_out.append(f"{tile}: belongs to no image in {folder}; remove its tiles")
         if not images and not left_out:
             raise UserError(f"{folder}: no images; put some there, then slice and test them")
         jobs = [
@@ -61,12 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, path in images.items()
         ]
         done, problems = in_parallel(join_image, jobs, options.workers, "Joining")
-        left_out += problems
-        for problem in left_out:
-            warn(f"Left out {problem}")
-        where, seconds = folder / OUTPUT / JOINED, time.monotonic() - start
-        say(f"Joined: {done} images, left out: {len(left_out)}, in {seconds:.1f} s: {where}")
-    return 1 if left_out else 0
+        return report("Joined", done, left_out + problems, start, folder / OUTPUT / JOINED)
 
 
 def join_image(

@@ -14,7 +14,7 @@ from models import WeightError, load_file
 def cross_entropy(probability: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
     """Returns binary cross-entropy, NaN where PyTorch's own would end the process."""
     loss = F.binary_cross_entropy(probability.nan_to_num(0.5), label, weight)
-    return loss + 0 * probability.mean()
+    return loss + 0 * probability.mean()  # NaN again if there was one
 
 
 # Edge generator: Edge-Informed SISR, section 3.1 ----------------------------------------------
@@ -52,12 +52,12 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 # HR generator: Edge.SRGAN ---------------------------------------------------------------------
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
-TANH = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
+RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
 
 
 def squared_error(sr: Tensor, hr: Tensor) -> Tensor:
     """Returns the mean squared error on the original's scale, of images in [0, 1]."""
-    return TANH**2 * F.mse_loss(sr, hr)
+    return RANGE**2 * F.mse_loss(sr, hr)
 
 
 def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -
         on_sr: (N,) the discriminator's answers to `sr`, in [0, 1].
     """
     return {
-        "l1": TANH * F.l1_loss(sr, hr),
+        "l1": RANGE * F.l1_loss(sr, hr),
         "perceptual": PERCEPTUAL_WEIGHT * perceptual,
         "ssim": 1 - original_ssim(sr, hr),
         "adversarial": ADVERSARIAL_WEIGHT * cross_entropy(on_sr, torch.ones_like(on_sr)),
@@ -135,6 +135,16 @@ def vgg_state(weights: Path | None) -> dict[str, Tensor]:
         state = load_file(weights)
     numbers = (0, 2, 5, 7, 10)
     wanted = [f"features.{number}.{kind}" for number in numbers for kind in ("weight", "bias")]
-    if missing := [key for key in wanted if key not in state]:
-        raise WeightError(f"{weights}: lacks VGG19's {missing[0]}; give torchvision's vgg19 file")
+    with torch.device("meta"):
+        shapes = {
+            key: value.shape for key, value in torchvision.models.vgg19().state_dict().items()
+        }
+    for key in wanted:
+        value = state.get(key)
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != shapes[key]
+            or not value.isfinite().all()
+        ):
+            raise WeightError(f"{weights}: lacks VGG19's {key}; give torchvision's vgg19 file")
     return {key.removeprefix("features."): state[key] for key in wanted}

@@ -14,26 +14,31 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from console import (
+    PARTS_BAR,
     UserError,
     existing_folder,
     non_negative_int,
     plain_errors,
     positive_float,
     positive_int,
+    probability,
+    problem,
     progress,
+    report,
     say,
-    warn,
+    seed,
 )
 from device import Device, open_device, processor_share
 from images import ImageError, image_size, read_image, read_stamp, replacing, write_png
 from inference import Enlarger
 from metrics import Metrics, against_bicubic, mean_of, print_table
+from models import EdgeGenerator, load_network
 from stages import (
     EdgeModel,
     EdgePreModel,
@@ -54,6 +59,7 @@ from tiles import (
     TILES,
     Grid,
     Position,
+    check_made_lr,
     check_tiles,
     cut_tile,
     even_int,
@@ -65,11 +71,10 @@ from tiles import (
     tile_stamp,
 )
 from training import fit
-from upscaling import upscale_all
+from upscaling import find_jobs, read_edges, upscale_all
 
 EDGES = "edges"  # folder of the predicted edges, in OUTPUT
 STAGES = (EdgePreModel, EdgeModel, SRResNetModel, EdgeStageModel, PreModel, SRModel)
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
 
 
 # Training -------------------------------------------------------------------------------------
@@ -91,31 +96,34 @@ def train(options: argparse.Namespace | None = None) -> None:
 
 
 def train_stages(stages: list[type[Stage]], options: argparse.Namespace | None) -> None:
-    """Trains stages one after the other, each from the weights of the one before."""
+    """Trains stages, each from the weights of the one before; the first may have `--init`."""
     options = options or parse_options()
     if options.stage:
         names = [stage.name for stage in stages]
         if options.stage not in names:
             raise UserError(f"--stage {options.stage}: this command trains {', '.join(names)}")
-        stages = [stages[names.index(options.stage)]]
     with open_device(options.device, options.precision, training=True) as device:
         for number, stage in enumerate(stages, start=1):
-            fit(stage, options, device, later=tuple(each.name for each in stages[number:]))
-            options.init = None  # the later stages start from the file of the one before
+            if options.stage in (None, stage.name):
+                fit(stage, options, device, following=tuple(each.name for each in stages[number:]))
+                options = argparse.Namespace(**vars(options) | {"init": None})
 
 
 # Testing --------------------------------------------------------------------------------------
 
 
-def test(options: argparse.Namespace | None = None) -> None:
+def test(options: argparse.Namespace | None = None) -> int:
     """Makes HR tiles in TestSet/600px/output from the LR tiles in TestSet/600px/croppedoverl.
 
     The networks see the whole image, put together from its tiles, in windows of their own.
     Images whose HR tiles are there already, from the same LR tiles and weights, are left.
+
+    Returns:
+        The exit status, as all commands below: 1 if an image had to be left out.
     """
     options = options or parse_options()
     start, folder = time.monotonic(), options.root / TEST / LR
-    images, problems = find_images(folder)
+    (images, problems), (hr_images, _) = find_images(folder), find_images(options.root / TEST / HR)
     if not images:
         raise UserError(
             f"{folder}: no images; put some there and run `python slice_images_w_overlapping.py`,"
@@ -128,35 +136,39 @@ def test(options: argparse.Namespace | None = None) -> None:
         weights = digest(generator_path(options), edge_path(options), device)
         names = list(images)[device.rank :: device.world]
         problems = problems if device.rank == 0 else []
-        made, written = 0, Future()
-        written.set_result(None)
-        bar = progress(total=len(names), desc="Testing", bar_format=BAR, disable=device.rank > 0)
-        with bar:
+        made, present = 0, 0
+        written = writer.submit(int)
+        with progress(total=len(names), desc="Testing", bar_format=PARTS_BAR) as bar:
             for count, name in enumerate(names):
                 bar.update(count - bar.n)
                 try:
+                    if name in hr_images:
+                        check_made_lr(images[name], hr_images[name])
                     grid = Grid.of(images[name], options.tiles, options.pad)
-                    stamp = tile_stamp(images[name], grid)
-                    lr = join_lr(name, tiles.get(name, {}), grid, stamp)
-                    edges = given_edges(options.edges, name, lr)
-                    full = f"{stamp} | {weights}" + edges_stamp(options.edges, name)
-                    earlier = output.get(name, {})
-                    earlier = find_tiles(folder / OUTPUT / name).get(name, {}) | earlier
-                    if is_made(name, earlier, grid, stamp, full):
+                    lr_stamp = tile_stamp(images[name], grid)
+                    lr = join_lr(name, tiles.get(name, {}), grid, lr_stamp)
+                    given = given_edges(options.edges, name, lr)
+                    hr_stamp = f"{lr_stamp} | {weights}" + edges_stamp(options.edges, name)
+                    moved = find_tiles(folder / OUTPUT / name).get(name, {})  # by the joining
+                    fresh = output.get(name, {})
+                    if is_made(name, moved | fresh, grid, lr_stamp, hr_stamp):
+                        present += 1
                         continue
-                    hr = enlarger(lr, edges, lambda n: bar.update(min(n, bar.total - bar.n)))
+                    hr = enlarger(lr, given, lambda n: bar.update(min(n, bar.total - bar.n)))
                 except (ImageError, OSError, MemoryError) as error:
-                    problems.append(str(error))
+                    problems.append(problem(images[name], error))
                     continue
-                written.result()  # at most one image waits to be written
-                written = writer.submit(write_tiles, folder / OUTPUT, name, hr, grid, full, earlier)
+                written.result()  # no more than one image waits to be written
+                old = [*moved.values(), *fresh.values()]
+                written = writer.submit(write_tiles, folder / OUTPUT, name, hr, grid, hr_stamp, old)
                 made += 1
             bar.update(len(names) - bar.n)
         written.result()
-        problems, made = device.gather(problems), sum(device.gather([made]))
-        first = device.rank == 0
-    if first:
-        finish("Tested", made, len(images), problems, start, folder / OUTPUT)
+        problems = device.gather(problems)
+        made, present = (sum(device.gather([each])) for each in (made, present))
+        if device.rank:
+            return 0
+    return report("Tested", made, problems, start, folder / OUTPUT, present)
 
 
 def join_lr(name: str, tiles: dict[Position, Path], grid: Grid, stamp: str) -> np.ndarray:
@@ -166,26 +178,22 @@ def join_lr(name: str, tiles: dict[Position, Path], grid: Grid, stamp: str) -> n
     return join({at: read_image(path) for at, path in tiles.items()}, grid)
 
 
-def is_made(name: str, earlier: dict[Position, Path], grid: Grid, stamp: str, full: str) -> bool:
+def is_made(
+    name: str, found: dict[Position, Path], grid: Grid, lr_stamp: str, hr_stamp: str
+) -> bool:
     """Returns whether an image's HR tiles are all there, from these LR tiles and weights."""
     try:
-        return check_tiles(name, earlier, grid, stamp, "", SCALE) == full
+        return check_tiles(name, found, grid, lr_stamp, "", SCALE) == hr_stamp
     except ImageError:
         return False
 
 
 def write_tiles(
-    folder: Path,
-    name: str,
-    hr: np.ndarray,
-    grid: Grid,
-    stamp: str,
-    earlier: dict[Position, Path],
+    folder: Path, name: str, hr: np.ndarray, grid: Grid, stamp: str, old: list[Path]
 ) -> None:
-    """Writes an image's HR tiles in place of all it had before."""
-    for place in (folder, folder / name):
-        for path in find_tiles(place).get(name, {}).values() if earlier else ():
-            path.unlink()
+    """Writes an image's HR tiles in place of its old ones."""
+    for path in old:
+        path.unlink(missing_ok=True)
     for at in grid:
         write_png(folder / tile_name(name, *at), cut_tile(hr, grid, *at, SCALE), stamp)
 
@@ -201,61 +209,65 @@ def given_edges(folder: Path | None, name: str, lr: np.ndarray) -> np.ndarray | 
     path = folder / f"{name}.png"
     if not path.exists():
         raise ImageError(f"{path}: missing; `python main.py edges` writes edges to start from")
-    edges, wanted = read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
-    if edges.shape != wanted:
-        raise ImageError(
-            f"{path}: {edges.shape[1]}x{edges.shape[0]} pixels instead of"
-            f" {wanted[1]}x{wanted[0]}; edges are {SCALE} times the size of the LR image"
-        )
-    return edges
+    return read_edges(path, lr)
 
 
 def edges_stamp(folder: Path | None, name: str) -> str:
-    """Returns by which edges an image was made, if not by predicted ones."""
+    """Returns the part of a stamp that names the edges, empty for predicted ones."""
     return f" edges {source_stamp(folder / f'{name}.png')}" if folder else ""
 
 
-def edges(options: argparse.Namespace | None = None) -> None:
+def edges(options: argparse.Namespace | None = None) -> int:
     """Writes the predicted HR edges of the test images to TestSet/600px/output/edges/{id}.png.
 
-    Edit them, or draw others, grey, white on black, and give their folder to `test --edges`.
+    Edit them, or draw others, grey, white on black, and give their folder to `test --edges`. Those
+    that are there already are left.
     """
     options = options or parse_options()
     start, folder = time.monotonic(), options.root / TEST / LR
     images, problems = find_images(folder)
     if not images:
         raise UserError(f"{folder}: no images; put some there")
-    (folder / OUTPUT / EDGES).mkdir(parents=True, exist_ok=True)
-    made = 0
+    output = folder / OUTPUT / EDGES
+    output.mkdir(parents=True, exist_ok=True)
+    made, present = 0, 0
     with open_device(options.device, options.precision) as device:
-        enlarger = Enlarger.load(generator_path(options), edge_path(options), device)
+        enlarger = Enlarger(None, load_network(edge_path(options), EdgeGenerator), device)
         for name, path in progress(images.items(), "Predicting edges", unit="image"):
-            try:
-                found = enlarger.predict_edges(read_image(path))
-            except ImageError as error:
-                problems.append(str(error))
+            if (output / f"{name}.png").exists():
+                present += 1
                 continue
-            write_png(folder / OUTPUT / EDGES / f"{name}.png", np.stack([found] * 3, axis=2))
+            try:
+                predicted = enlarger.predict_edges(read_image(path))
+                write_png(output / f"{name}.png", np.stack([predicted] * 3, axis=2))
+            except (ImageError, OSError, MemoryError) as error:
+                problems.append(problem(path, error))
+                continue
             made += 1
-    finish("Edges of", made, len(images), problems, start, folder / OUTPUT / EDGES)
+    return report("Edges predicted", made, problems, start, output, present)
 
 
-def upscale(*images: str, options: argparse.Namespace | None = None) -> None:
+def upscale(*images: str, options: argparse.Namespace | None = None) -> int:
     """Enlarges images, or all images of folders, where they lie: NAME_x4.png beside each."""
     options = options or parse_options()
     paths = [Path(image) for image in images or options.images]
     if not paths:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
+    if options.fast and (options.edges or options.ckpt):
+        raise UserError(
+            "upscale: --fast is the SRResNet, without edges; leave out one or the other"
+        )
     start = time.monotonic()
+    jobs, problems = find_jobs(paths, options)
     with open_device(options.device, options.precision) as device:
-        if options.fast:
-            options.ckpt = options.ckpts / "SRResNet_gen.pth"
-        enlarger = Enlarger.load(generator_path(options), edge_path(options), device)
-        made, count, problems, where, pixels = upscale_all(paths, enlarger, options)
+        generator = options.ckpts / "SRResNet_gen.pth" if options.fast else generator_path(options)
+        enlarger = Enlarger.load(generator, edge_path(options), device)
+        made, pixels, more_problems = upscale_all(jobs, enlarger, options)
     seconds = time.monotonic() - start
     if made:
         say(f"{pixels / 1e6:.1f} megapixels, {pixels / 1e6 / seconds:.2f} per second")
-    finish("Upscaled", made, count, problems, start, where)
+    where = jobs[-1][1].parent if jobs else paths[0]
+    return report("Upscaled", made, problems + more_problems, start, where)
 
 
 def generator_path(options: argparse.Namespace) -> Path:
@@ -267,29 +279,15 @@ def edge_path(options: argparse.Namespace) -> Path:
 
 
 def digest(generator: Path, edge_generator: Path, device: Device) -> str:
-    """Returns by which weights, and in which precision, images are made."""
+    """Returns the part of a stamp that names weights and precision."""
     files = [path.read_bytes() for path in (generator, edge_generator) if path.exists()]
     return f"{hashlib.sha1(b''.join(files)).hexdigest()} {device.dtype}"
-
-
-def finish(
-    done: str, made: int, count: int, problems: list[str], start: float, where: Path
-) -> None:
-    """Says what a command did; exits with 1 if anything had to be left out."""
-    for problem in problems:
-        warn(f"Left out {problem}")
-    left = f", {len(problems)} left out" if problems else ""
-    kept = count - made - len(problems)
-    kept = f", {kept} were there already" if kept > 0 else ""
-    say(f"{done}: {made} images{kept}{left}, in {time.monotonic() - start:.1f} s: {where}")
-    if problems:
-        sys.exit(1)
 
 
 # Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(options: argparse.Namespace | None = None) -> None:
+def evaluate(options: argparse.Namespace | None = None) -> int:
     """Compares the joined images, and bicubic ones, with the ground truth in TestSet/2400px.
 
     Prints a table and writes it to TestSet/600px/output/final/metrics.csv.
@@ -297,29 +295,36 @@ def evaluate(options: argparse.Namespace | None = None) -> None:
     options = options or parse_options()
     start, folder = time.monotonic(), options.root / TEST / LR
     joined, _ = find_images(folder / OUTPUT / JOINED)
-    lr, _ = find_images(folder)
-    hr, _ = find_images(options.root / TEST / HR)
+    (lr, problems), (hr, _) = find_images(folder), find_images(options.root / TEST / HR)
+    fresh = find_tiles(folder / OUTPUT)
     names = [name for name in lr if name in hr]
     if not names:
         raise UserError(f"{options.root / TEST / HR}: no ground truth of an image in {folder}")
+    if without := len(lr) - len(names):
+        say(f"{without} of {len(lr)} images in {folder} have no ground truth and are not compared")
     table: dict[str, Metrics] = {}
-    problems = []
     with open_device(options.device, "fp32") as device:
         for name in progress(names, "Evaluating", unit="image"):
             try:
+                check_made_lr(lr[name], hr[name])
+                if name in fresh:
+                    raise ImageError(f"{name}: has new tiles; run `python join_slice_images.py`")
                 paths = lr[name], hr[name], joined.get(f"candidate_{name}")
                 table[name] = against_bicubic(*read_triple(*paths), device)
             except (ImageError, OSError, MemoryError) as error:
-                problems.append(str(error))
+                problems.append(problem(lr[name], error))
     path = folder / OUTPUT / JOINED / "metrics.csv"
     if table:
-        table["mean"] = mean_of(list(table.values()))
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, ["image", *table["mean"]])
+        rows = [*table.items(), ("mean", mean_of(list(table.values())))]
+        with (
+            replacing(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as f,
+        ):
+            writer = csv.DictWriter(f, ["image", *rows[-1][1]])
             writer.writeheader()
-            writer.writerows({"image": name, **row} for name, row in table.items())
-        print_table(table)
-    finish("Evaluated", max(0, len(table) - 1), len(names), problems, start, path)
+            writer.writerows({"image": name, **row} for name, row in rows)
+        print_table(rows)
+    return report("Evaluated", len(table), problems, start, path)
 
 
 def read_triple(lr: Path, hr: Path, sr: Path | None) -> list[np.ndarray]:
@@ -362,13 +367,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=devices, help="where to compute")
     add("--precision", default="auto", choices=precisions, help="number format of the networks")
 
-    add = parser.add_argument_group("train_edges, pretrain, train").add_argument
+    training = parser.add_argument_group("train_edges, pretrain, train")
+    add = training.add_argument
     add("--stage", choices=[s.name for s in STAGES], help="the only stage to train; None: all")
     add("--resume", action="store_true", help="continuation of the last training")
     add("--accept-changes", action="store_true", help="with --resume: another recipe or data set")
     add("--init", type=Path, help="weight file that a new training starts from")
-    add("--steps", type=positive_int, help="updates of the weights; None: see below")
-    add("--epochs", type=positive_float, help="the same in passes over the tiles")
+    length = training.add_mutually_exclusive_group().add_argument
+    length("--steps", type=positive_int, help="updates of the weights; None: see below")
+    length("--epochs", type=positive_float, help="the same in passes over the tiles")
     add("--batch-size", type=positive_int, help="crops per process; None: see below")
     add("--learning-rate", type=positive_float, help="peak learning rate; None: see below")
     add("--crop", type=crop_side, help="LR pixels a side of the crops; None: see below")
@@ -379,7 +386,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--runs", type=Path, default=ROOT / "runs", help="folder of TensorBoard's files")
     workers = min(8, processor_share())
     add("--workers", type=non_negative_int, default=workers, help="processes that load data")
-    add("--seed", type=non_negative_int, default=0, help="seed of everything random")
+    add("--seed", type=seed, default=0, help="seed of everything random")
 
     add = parser.add_argument_group("test, edges, upscale").add_argument
     add("--ckpt", type=Path, help="generator to use; None: SRModel_gen.pth in --ckpts")
@@ -409,14 +416,6 @@ def crop_side(text: str) -> int:
     return side
 
 
-def probability(text: str) -> float:
-    """Returns a number in [0, 1] from the command line."""
-    number = 0.0 if text.strip() in ("0", "0.0") else positive_float(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f"{text} is above 1")
-    return number
-
-
 def recipe_table() -> str:
     """Returns the recipes of all stages, a line each."""
     rows = [("stage", "steps", "batch", "crops", "rate", "jpeg")]
@@ -433,9 +432,9 @@ if __name__ == "__main__":
     with plain_errors():
         options = parse_options()
         if options.command == "upscale":
-            upscale(options=options)
+            sys.exit(upscale(options=options))
         elif options.command:
-            COMMANDS[options.command](options)
+            sys.exit(COMMANDS[options.command](options))
         else:
             # train_edges()
             # pretrain()

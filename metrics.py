@@ -160,11 +160,11 @@ def mean_of(rows: list[Metrics]) -> Metrics:
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-def print_table(table: dict[str, Metrics]) -> None:
-    """Prints metrics by title, a row each, above a bar if there is one."""
-    columns = list(next(iter(table.values())))
-    width = max(map(len, table))
+def print_table(rows: list[tuple[str, Metrics]]) -> None:
+    """Prints titles and metrics, a row each, above a bar if there is one."""
+    columns = list(rows[0][1])
+    width = max(len(title) for title, _ in rows)
     say(" ".join([" " * width, *(f"{key:>{max(9, len(key))}}" for key in columns)]))
-    for title, row in table.items():
+    for title, row in rows:
         cells = (f"{row[key]:{max(9, len(key))}.4f}" for key in columns)
         say(" ".join([f"{title:{width}}", *cells]))

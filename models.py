@@ -28,7 +28,7 @@ from tiles import SCALE
 
 
 class FewChannelConv(nn.Conv2d):
-    """A large convolution to very few channels, which processors do badly, in two steps.
+    """A large convolution to very few channels, which CPUs do badly, in two steps.
 
     First every column of the kernel by itself, to its own channel; then the columns' sum.
     """
@@ -43,7 +43,7 @@ class FewChannelConv(nn.Conv2d):
 
 
 class PReLU(nn.PReLU):
-    """PReLU with a single slope; on processors PyTorch's own is slow backwards."""
+    """PReLU with a single slope; on CPUs PyTorch's own is slow backwards."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -275,10 +275,10 @@ class Generator(SRResNet):
 
     @classmethod
     def from_trunk(cls, trunk: SRResNet) -> "Generator":
-        """Returns a generator of the trunk's own images, whatever the edges, until trained.
+        """Returns a generator that starts out making the SRResNet's images, whatever the edges.
 
-        The edge stage starts with the features and their negatives; what a PReLU of slope a
-        makes of the two differs by (1 + a) times the feature, which the last convolution undoes.
+        The edge stage starts with the features and their negatives. PReLU p of slope a has
+        p(x) - p(-x) = (1 + a) x, so the last convolution gets back what the SRResNet's had.
         """
         generator = cls(**trunk.arguments)
         own = generator.state_dict()
@@ -310,7 +310,7 @@ class Discriminator(nn.Module):
         for i, (into, out) in enumerate(pairwise(channels)):
             conv = nn.Conv2d(into, out, 3, stride=2 - i % 2, padding=1)
             layers += [conv, BatchNorm2d(out), nn.SiLU()]
-        # the padding of a 1 x 1 convolution is the original's: a ring of bias joins the mean
+        # the original pads this 1 x 1 convolution: a border equal to the bias enters the mean
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 1, padding=1))
 
     def forward(self, hr: Tensor) -> Tensor:
@@ -327,11 +327,11 @@ class WeightError(UserError):
 
 def save_network(network: nn.Module, path: Path) -> None:
     """Writes a network's weights, those of more than one dimension in half precision."""
-    state = {key: halved(value) for key, value in network.state_dict().items()}
+    state = {key: to_half(value) for key, value in network.state_dict().items()}
     save_file({"network": type(network).__name__, "state_dict": state}, path)
 
 
-def halved(value: Tensor) -> Tensor:
+def to_half(value: Tensor) -> Tensor:
     """Returns a tensor in half precision unless it is a vector, or too large for it."""
     if value.ndim <= 1:
         return value
@@ -408,8 +408,9 @@ def count_blocks(keys: Iterable[str], prefix: str) -> int:
 
 def save_file(content: dict, path: Path) -> None:
     """Writes a file of tensors and plain values: the whole of it, on the disk, or none."""
-    with replacing(path, durable=True) as temporary:
-        torch.save(content, temporary)
+    # Given a path instead of a file, torch.save hides what kind of error the disk had.
+    with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_file(path: Path) -> dict:

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, say, warn
+from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, report, say
 from images import (
     ImageError,
     bicubic,
@@ -26,6 +26,7 @@ from images import (
 from tiles import (
     HR,
     LR,
+    MADE,
     ROOT,
     SCALE,
     TEST,
@@ -42,11 +43,9 @@ from tiles import (
     tile_stamp,
 )
 
-MADE = "bicubic of"
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Slices all images below `--root`; returns 1 if any had to be skipped, else 0."""
+    """Slices all images below `--root`; returns 1 if any had to be left out, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     with plain_errors():
-        start, count, skipped, folders = time.monotonic(), 0, [], []
+        start, count, left_out, folders = time.monotonic(), 0, [], []
         for folder in (options.root / TRAINING, options.root / TEST):
             pairs, warnings = find_pairs(folder)
             earlier = {size: find_tiles(folder / size / TILES) for size in (LR, HR)}
@@ -67,21 +66,16 @@ def main(argv: list[str] | None = None) -> int:
             ]
             done, problems = in_parallel(slice_pair, jobs, options.workers, folder.name)
             count += done
-            skipped += warnings + problems
+            left_out += warnings + problems
             folders += [str(folder / LR / TILES)] if done else []
             if not pairs and not warnings:
                 say(f"{folder}: no images in {LR}/ or {HR}/")
-        for problem in skipped:
-            warn(f"Skipped {problem}")
-        if not count and not skipped:
+        if not count and not left_out:
             raise UserError(
                 f"{options.root}: no images; put those to enlarge into {TEST}/{LR},"
                 f" those to train on into {TRAINING}/{HR}"
             )
-        where = " and ".join(folders) or "no tiles"
-        seconds = time.monotonic() - start
-        say(f"Sliced: {count} images, skipped: {len(skipped)}, in {seconds:.1f} s: {where}")
-    return 1 if skipped else 0
+        return report("Sliced", count, left_out, start, " and ".join(folders) or "no tiles")
 
 
 def find_pairs(folder: Path) -> tuple[dict[str, tuple[Path, Path | None]], list[str]]:
@@ -152,9 +146,10 @@ def make_lr(lr_path: Path, hr_path: Path) -> None:
     HR rows and columns beyond a multiple of `SCALE` are left out, as the papers do.
     """
     stamp = f"{MADE} {source_stamp(hr_path)}"
-    present = (read_stamp(lr_path) or "") if os.path.lexists(lr_path) else MADE
-    if present == stamp or not present.startswith(MADE):
-        return
+    if os.path.lexists(lr_path):
+        present = read_stamp(lr_path) or ""
+        if present == stamp or not present.startswith(MADE):
+            return
     if min(image_size(hr_path)) < SCALE:
         raise ImageError(f"{hr_path}: smaller than {SCALE}x{SCALE} pixels; remove it")
     lr_path.parent.mkdir(parents=True, exist_ok=True)

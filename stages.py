@@ -1,9 +1,9 @@
-"""The six trainings, a class each, named after the weight file that it writes.
+"""The six trainings, a class each.
 
 A stage owns its networks and knows its losses; `training.fit` steps, logs and saves them. Edge
 generator: `EdgePreModel` on pixels, then `EdgeModel` against its discriminator (Edge-Informed
-SISR, section 3.1). HR generator: `SRResNet` without edges, `EdgeStageModel` to bring the edges in,
-`PreModel` the whole, `SRModel` with all losses and the discriminator (SRGAN; Edge.SRGAN).
+SISR, section 3.1). HR generator: `SRResNetModel` without edges, `EdgeStageModel` to bring the edges
+in, `PreModel` the whole, `SRModel` with all losses and the discriminator (SRGAN; Edge.SRGAN).
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from device import Device
-from images import bicubic, canny
-from inference import Enlarger
+from images import bicubic, canny, repeat
+from inference import Enlarger, for_inference
 from losses import (
     PerceptualLoss,
     discriminator_loss,
@@ -50,7 +50,7 @@ Batch = dict[str, Tensor]
 Losses = dict[str, dict[str, Tensor]]  # of each network: its terms by name, to be summed
 
 
-def halved(step: int, recipe: "Recipe") -> float:
+def halving(step: int, recipe: "Recipe") -> float:
     """Returns the learning rate relative to its start: halved every 250 000 batches."""
     return 0.5 ** (step * recipe.accumulate // 250_000)
 
@@ -70,13 +70,13 @@ class Recipe:
     batch_size: int = 8  # crops per batch in each process
     accumulate: int = 1  # batches per step
     learning_rate: float = 1e-4  # of Adam, at its peak
-    trunk_rate: float = 1.0  # of the LR stage's learning rate to the rest's; 0: it is frozen
+    trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'; 0 freezes it
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
-    schedule: Callable[[int, "Recipe"], float] = halved
+    schedule: Callable[[int, "Recipe"], float] = halving
     color: bool = False  # vary colours, besides flips and quarter turns
-    jpeg: float = 0.0  # part of the LR crops that pass through JPEG
+    jpeg: float = 0.0  # probability that an LR crop passes through JPEG
     edges: tuple[str, ...] = ("lr", "hr")  # Canny edges the losses need
-    true_edges: float = 0.0  # part of each batch given ground-truth edges, not predicted ones
+    true_edges: float = 0.0  # share of each batch given ground-truth edges, not predicted ones
 
 
 class Stage:
@@ -84,12 +84,17 @@ class Stage:
 
     recipe: Recipe
     name: ClassVar[str]  # of the files
-    best_by: ClassVar[str]  # the validation metric of which most is best
+    best_by: ClassVar[str]  # the validation metric to maximise
 
-    def __init_subclass__(cls) -> None:
-        cls.name = cls.__dict__.get("name", cls.__name__)
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        """Makes the networks, from the weights they start from.
 
-    def __init__(self, recipe: Recipe, device: Device) -> None:
+        Args:
+            options: `init`, `ckpts` and `vgg` of the command line.
+
+        Raises:
+            WeightError: a file to start from is missing or does not fit.
+        """
         self.recipe, self.device = recipe, device
         self.networks: dict[str, nn.Module] = {}
 
@@ -123,7 +128,7 @@ class Stage:
         raise NotImplementedError
 
 
-def start(kind: type[nn.Module], path: Path, device: Device) -> nn.Module:
+def load_shared(kind: type[nn.Module], path: Path, device: Device) -> nn.Module:
     """Returns the network in a weight file, which the first process reads for all."""
     return build_network(device.from_first(load_state, path), path, kind)
 
@@ -147,6 +152,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 class EdgePreModel(Stage):
     """The edge generator on the cross-entropy with Canny's edges of HR."""
 
+    name = "EdgePreModel"
     recipe = Recipe(
         steps=5_000,
         crops=(32, 32),
@@ -158,9 +164,9 @@ class EdgePreModel(Stage):
     best_by = "F1"
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, device)
+        super().__init__(recipe, options, device)
         path = self.start_path(options)
-        generator = start(EdgeGenerator, path, device) if path else EdgeGenerator()
+        generator = load_shared(EdgeGenerator, path, device) if path else EdgeGenerator()
         self.generator = self.add("gen", generator)
 
     def start_path(self, options: Namespace) -> Path | None:
@@ -188,7 +194,7 @@ class EdgePreModel(Stage):
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics to beat: those of the LR image's own edges, enlarged."""
-        return compare_edges(bicubic(canny(lr), SCALE), canny(hr), self.device)
+        return compare_edges(repeat(canny(lr), SCALE), canny(hr), self.device)
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         columns = [nearest(batch["lr_edges"]), self.predict(network, batch), batch["hr_edges"]]
@@ -198,6 +204,7 @@ class EdgePreModel(Stage):
 class EdgeModel(EdgePreModel):
     """The edge generator against its discriminator, as Edge-Informed SISR trains it."""
 
+    name = "EdgeModel"
     recipe = Recipe(steps=20_000, crops=(64, 64), betas=(0.0, 0.9), jpeg=0.5)
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
@@ -231,8 +238,9 @@ class EdgeModel(EdgePreModel):
 
 
 class SRResNetModel(Stage):
-    """The HR generator's LR stage by itself, as the SRResNet of Ledig et al., on squared error."""
+    """The HR generator without edges, which is the SRResNet of Ledig et al., on squared error."""
 
+    name = "SRResNet"
     recipe = Recipe(
         steps=20_000,
         crops=(24, 24),
@@ -242,12 +250,11 @@ class SRResNetModel(Stage):
         schedule=cosine,
         edges=(),
     )
-    name = "SRResNet"
     best_by = "SSIM"
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, device)
-        network = start(SRResNet, options.init, device) if options.init else SRResNet()
+        super().__init__(recipe, options, device)
+        network = load_shared(SRResNet, options.init, device) if options.init else SRResNet()
         self.generator = self.add("gen", network)
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
@@ -270,6 +277,7 @@ class PreModel(Stage):
     Given crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
     """
 
+    name = "PreModel"
     recipe = Recipe(
         steps=6_000,
         crops=(24, 24),
@@ -283,22 +291,22 @@ class PreModel(Stage):
     best_by = "SSIM"
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, device)
+        super().__init__(recipe, options, device)
         self.generator = self.add("gen", self.start_generator(options))
         if self.recipe.trunk_rate == 0:
             for module in self.trunk():
                 module.requires_grad_(False).eval()
         path = options.ckpts / "EdgeModel_gen.pth"
-        self.edge_generator = start(EdgeGenerator, path, device)
-        self.edges = Enlarger(None, self.edge_generator, device)
+        self.edge_generator = load_shared(EdgeGenerator, path, device)
+        self.edge_predictor = for_inference(self.edge_generator, device)
 
     def start_generator(self, options: Namespace) -> Generator:
         """Returns the generator that training starts from."""
         path = options.init or options.ckpts / "EdgeStageModel_gen.pth"
-        return start(Generator, path, self.device)
+        return load_shared(Generator, path, self.device)
 
     def trunk(self) -> list[nn.Module]:
-        """Returns the modules of the LR stage; the first PReLU, which both share, is not one."""
+        """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
         stages = [*self.generator.edge_stage, self.generator.prelu]
         return [module for module in self.generator.children() if module not in stages]
 
@@ -317,13 +325,12 @@ class PreModel(Stage):
     def hr_edges(self, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
         true = round(self.recipe.true_edges * len(batch["lr"]))
-        known = batch["hr_edges"][:true] if true else batch["lr"].new_empty(0)
+        known = batch["hr_edges"][:true]
         if true == len(batch["lr"]):
             return known
         with self.device.autocast():
-            network = self.edges.edge_generator
-            predicted = network(batch["lr"][true:], batch["lr_edges"][true:])
-        return torch.cat([known, predicted]) if true else predicted
+            predicted = self.edge_predictor(batch["lr"][true:], batch["lr_edges"][true:])
+        return torch.cat([known, predicted])
 
     def generate(self, network: nn.Module, batch: Batch, hr_edges: Tensor) -> Tensor:
         """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
@@ -345,7 +352,7 @@ class PreModel(Stage):
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         with self.device.autocast():
-            edges = self.edges.edge_generator(batch["lr"], batch["lr_edges"])
+            edges = self.edge_predictor(batch["lr"], batch["lr_edges"])
         given = batch["hr_edges"] if self.recipe.true_edges == 1 else edges
         sr = self.generate(network, batch, given)
         return {
@@ -359,8 +366,9 @@ class PreModel(Stage):
 
 
 class EdgeStageModel(PreModel):
-    """The HR generator's edge stage alone, on ground-truth edges, the trained LR stage frozen."""
+    """Before `PreModel`: the edge stage alone, on ground-truth edges, the trained trunk frozen."""
 
+    name = "EdgeStageModel"
     recipe = Recipe(
         steps=2_000,
         crops=(24, 24),
@@ -380,6 +388,7 @@ class EdgeStageModel(PreModel):
 class SRModel(PreModel):
     """The whole HR generator with all of Edge.SRGAN's losses, against its discriminator."""
 
+    name = "SRModel"
     recipe = Recipe(
         steps=250_000,
         crops=(16, 31),
@@ -400,7 +409,7 @@ class SRModel(PreModel):
     def start_generator(self, options: Namespace) -> Generator:
         path = options.init or options.ckpts / "PreModel_gen.pth"
         try:
-            network = start(Generator, path, self.device)
+            network = load_shared(Generator, path, self.device)
         except WeightError as error:
             raise WeightError(f"{error}; `python main.py pretrain` makes it") from error
         return network

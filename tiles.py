@@ -17,13 +17,15 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
-from images import SUFFIXES, ImageError, image_size, read_stamp
+from images import SUFFIXES, ImageError, image_size, read_header, read_stamp
 
 SCALE = 4
 ROOT = Path(__file__).resolve().parent
 TRAINING, TEST = "TrainingSet", "TestSet"
 LR, HR, TILES, OUTPUT, JOINED = "600px", "2400px", "croppedoverl", "output", "final"
 FOREIGN = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg"} - SUFFIXES
+FOREIGN |= {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}  # raw
+MADE = "bicubic of"  # stamp of the LR images that slicing makes
 
 Area = tuple[slice, slice]  # rows and columns of an image
 Position = tuple[int, int]  # row and column of a tile, from 1
@@ -319,18 +321,45 @@ def check_tiles(
     if not found:
         raise ImageError(f"{name}: has no tiles; {remedy}")
     wanted, first = set(grid), found[min(found)]
-    stamp = read_stamp(first)
+    stamp, _ = read_header(first)
     for at in sorted(wanted | found.keys()):
         path = found.get(at, first.with_name(tile_name(name, *at)))
         if at not in found:
             raise ImageError(f"{path}: missing; {remedy}")
         if at not in wanted:
             raise ImageError(f"{path}: not one of {grid.tiles}x{grid.tiles} tiles; {remedy}")
-        made = read_stamp(path)
+        made, size = read_header(path)
         if made is None or made.partition(" | ")[0] != expected:
             raise ImageError(f"{path}: not made from this image as it is now; {remedy}")
         if made != stamp:
             raise ImageError(f"{path}: not made by the same weights as the others; {remedy}")
-        if image_size(path) != grid.tile_shape(*at, scale):
+        if size != grid.tile_shape(*at, scale):
             raise ImageError(f"{path}: not of its place's size; {remedy}")
     return stamp
+
+
+def check_made_lr(lr_path: Path, hr_path: Path) -> None:
+    """Raises ImageError if slicing made an LR image, but from HR as it was before a change."""
+    stamp = read_stamp(lr_path) or ""
+    if stamp.startswith(MADE) and stamp != f"{MADE} {source_stamp(hr_path)}":
+        raise ImageError(
+            f"{lr_path}: made from {hr_path.name} as it was; run"
+            " `python slice_images_w_overlapping.py` again"
+        )
+
+
+def check_pair(
+    name: str,
+    lr_path: Path,
+    hr_path: Path,
+    lr: dict[Position, Path],
+    hr: dict[Position, Path],
+) -> None:
+    """Raises ImageError unless training tiles are all there and of the images as they are now."""
+    remedy = "run `python slice_images_w_overlapping.py` again"
+    stamp = read_stamp(next(iter(lr.values()))) or ""
+    cut = re.search(r" (\d+)x\d+ pad (\d+)$", stamp)
+    grid = Grid.of(lr_path, *map(int, cut.groups() if cut else (1, 0)))
+    check_made_lr(lr_path, hr_path)
+    check_tiles(name, lr, grid, tile_stamp(lr_path, grid), remedy)
+    check_tiles(name, hr, grid, tile_stamp(hr_path, grid), remedy, SCALE)

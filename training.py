@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -20,10 +19,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from console import StorageError, UserError, progress, say
+from console import UserError, progress, say
 from dataset import CropSampler, PairedTiles, crop_pair, split
-from device import Device, DeviceError
-from images import ImageError, read_image
+from device import Device, DeviceError, NotFiniteError
+from images import ImageError, check_writable, read_image, replacing
 from metrics import Metrics, mean_of
 from models import WeightError, load_file, save_file, save_network
 from stages import Batch, Recipe, Stage
@@ -32,7 +31,7 @@ EMA_DECAY = 0.999  # per step
 LOG_EVERY = 20  # steps
 GRID_EVERY = 100  # batches
 CHECKPOINT_SECONDS = 600  # at the latest, where steps take long
-FILM_SIDE, FILM_ROWS = 48, 4  # LR pixels of the held-out crops to watch, and how many
+SAMPLE_SIDE, SAMPLES = 48, 4  # LR pixels of the held-out crops to watch, and how many
 
 
 class DivergedError(UserError):
@@ -50,7 +49,7 @@ class Progress:
 
 
 def fit(  # noqa: PLR0912, PLR0915
-    kind: type[Stage], options: Namespace, device: Device, later: tuple[str, ...] = ()
+    stage_class: type[Stage], options: Namespace, device: Device, following: tuple[str, ...] = ()
 ) -> None:
     """Trains a stage to its recipe's last step, or until interrupted.
 
@@ -58,8 +57,8 @@ def fit(  # noqa: PLR0912, PLR0915
     they are and as they validated best, and `{name}.state.pth`, to resume from.
 
     Args:
-        later: names of the stages to follow. Where this one has steps to go, they begin anew:
-            what they left would otherwise pass for the continuation of this.
+        following: names of the stages that start from this one's weights. Where it has steps to
+            go, their files are set aside: they would pass for its continuation otherwise.
 
     Raises:
         UserError: something is missing or damaged, the loss is not finite, or what is resumed
@@ -67,61 +66,75 @@ def fit(  # noqa: PLR0912, PLR0915
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when all is saved.
     """
     # Data
-    first, files = device.rank == 0, Files(options.ckpts, kind.name)
+    files = Files(options.ckpts, stage_class.name)
     ids, held_out = split(options.root, options.held_out)
-    recipe = choose_recipe(kind.recipe, options)
+    recipe = choose_recipe(stage_class.recipe, options)
     dataset = PairedTiles(
         options.root, ids, recipe.crops[1], recipe.color, recipe.jpeg, recipe.edges
     )
     if options.epochs:
         crops_per_step = recipe.batch_size * recipe.accumulate * device.world
         recipe = replace(recipe, steps=math.ceil(options.epochs * len(dataset) / crops_per_step))
-    device.from_first(check_writable, options.ckpts)
+    for folder in (options.ckpts, options.runs):
+        device.from_first(check_writable, folder)
 
     # Networks, their optimisers, the generator's moving average
     torch.manual_seed(options.seed)
-    stage = kind(recipe, options, device)
-    networks, ema = stage.networks, copy.deepcopy(stage.networks["gen"]).requires_grad_(False)
+    stage = stage_class(recipe, options, device)
+    networks = stage.networks
+    ema = copy.deepcopy(networks["gen"]).requires_grad_(False).eval()
     optimizers = {
         key: torch.optim.Adam(stage.parameter_groups(key), betas=recipe.betas, fused=True)
         for key in networks
     }
     parts = {**networks, "ema": ema, **{f"{key} adam": each for key, each in optimizers.items()}}
 
-    # Resume, or begin anew
-    asked = describe(recipe, options, device, ids, sorted(held_out))
-    state = device.from_first(files.begin, options.resume, asked, options.accept_changes, later)
+    # Resume, or start afresh
+    settings = describe(recipe, options, device, ids, list(held_out), len(dataset))
+    arguments = options.resume, settings, options.accept_changes, following
+    state = device.from_first(files.begin, *arguments)
     done = Progress(**state["progress"]) if state else Progress()
     if state:
         restore(parts, state, files.state)
-    elif device.world > 1:  # whoever read or drew what: all start like the first process
+        for key, optimizer in optimizers.items():  # with what it was given, not what it had then
+            for group, given in zip(
+                optimizer.param_groups, stage.parameter_groups(key), strict=True
+            ):
+                group |= {"factor": given["factor"], "betas": recipe.betas}
+    elif device.world > 1:  # give every process the first one's weights
         restore(parts, device.from_first(lambda: {"parts": states(parts)}), files.state)
 
     def save() -> None:
-        if not all(map(is_finite, (*networks.values(), ema))):
+        if not is_finite(states(parts)):
             raise diverged(files, done.step)
-        if first:
-            save_network(ema, files.gen)
-            content = {"progress": asdict(done), "recipe": asked, "parts": states(parts)}
-            save_file(content, files.state)
+        content = {"progress": asdict(done), "settings": settings, "parts": states(parts)}
+        device.from_first(save_network, ema, files.gen)
+        device.from_first(save_file, content, files.state)
 
     # Train
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
-    film = held_out_crops(held_out, recipe, device) if first else None
+    samples = held_out_crops(held_out, recipe, device)
     saved = time.monotonic()
-    log = Log(kind.name, options.runs, recipe.steps, done, device)
-    with explained(), interruptible() as interrupted, log:
-        log.text("recipe", asked)
+    log = Log(stage.name, options.runs, recipe.steps, done, device)
+    with with_remedies(), interruptible() as interrupted, log:
+        log.text("settings", settings)
         while True:
             # Validate and save
             due = done.step * recipe.accumulate % options.checkpoint_every < recipe.accumulate
             last = done.step >= recipe.steps
             if (due or last) and done.validated < done.step:
-                if metrics := validate(stage, ema, held_out, device, log):
+                try:
+                    metrics = validate(stage, ema, held_out, device, log)
+                except NotFiniteError as error:
+                    raise diverged(files, done.step) from error
+                except ImageError:
+                    if done.step:
+                        save()
+                    raise
+                if metrics:
                     if metrics[stage.best_by] > done.best:
                         done.best = metrics[stage.best_by]
-                        if first and is_finite(ema):
-                            save_network(ema, files.best)
+                        device.from_first(save_network, ema, files.best)
                     log.scalar("validation/best so far", done.best)
                 done.validated = done.step
                 if done.step:
@@ -131,18 +144,22 @@ def fit(  # noqa: PLR0912, PLR0915
                 return
 
             # Fetch all of a step's batches: a damaged tile then stops between two steps
-            problem, step_batches = None, []
+            problem, step_batches = "", []
             try:
                 step_batches = [next(batches) for _ in range(recipe.accumulate)]
             except ImageError as error:
-                problem = error
+                problem = str(error)
             if device.any_process(bool(problem or interrupted)):
                 save()
-                message = f"{kind.name} saved at step {done.step}; go on with --resume"
-                raise problem or KeyboardInterrupt(message)
+                message = f"{stage.name} saved at step {done.step}; go on with --resume"
+                if problem := max(device.gather([problem])):
+                    raise ImageError(f"{problem}. {message}")
+                raise KeyboardInterrupt(message)
 
             # Step
-            device.expect_one_shape(recipe.crops[0] == recipe.crops[1])
+            device.tune_kernels(
+                recipe.crops[0] == recipe.crops[1]
+            )  # validation may have changed it
             rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
             for loaded in step_batches:
                 batch = {key: device.send(value) for key, value in loaded.items()}
@@ -163,8 +180,8 @@ def fit(  # noqa: PLR0912, PLR0915
             # Log
             if done.step % LOG_EVERY == 0 and not log.means(rate):
                 raise diverged(files, done.step)
-            if done.step * recipe.accumulate % GRID_EVERY < recipe.accumulate and first:
-                log.samples(stage, ema, film or batch)
+            if done.step * recipe.accumulate % GRID_EVERY < recipe.accumulate:
+                log.samples(stage, ema, samples or batch)
             log.bar.update()
             overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
             if overdue:
@@ -188,14 +205,24 @@ def choose_recipe(recipe: Recipe, options: Namespace) -> Recipe:
 
 
 def describe(
-    recipe: Recipe, options: Namespace, device: Device, ids: list[str], held_out: list[str]
+    recipe: Recipe,
+    options: Namespace,
+    device: Device,
+    ids: list[str],
+    held_out: list[str],
+    tiles: int,
 ) -> dict:
-    """Returns what a resumed training must have in common with the one before the stop."""
+    """Returns the settings that a resumed training must share with the interrupted one."""
     values = asdict(recipe)
     values["schedule"] = recipe.schedule.__name__
     values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
-    return values | {"seed": options.seed, "held out": held_out, "training images": ids}
+    return values | {
+        "seed": options.seed,
+        "held out": held_out,
+        "training images": ids,
+        "tiles": tiles,
+    }
 
 
 # Files ----------------------------------------------------------------------------------------
@@ -211,14 +238,14 @@ class Files:
         self.state = ckpts / f"{name}.state.pth"
 
     def begin(
-        self, resume: bool, asked: dict, accept_changes: bool, later: tuple[str, ...]
+        self, resume: bool, settings: dict, accept_changes: bool, following: tuple[str, ...]
     ) -> dict | None:
         """Returns the state to resume from; without one, sets earlier files aside.
 
         Args:
-            asked: of `describe`.
-            accept_changes: resume even if the state's training was described otherwise.
-            later: stages whose files are set aside too if this one has steps to go.
+            settings: of `describe`.
+            accept_changes: resume even if the state's settings are others.
+            following: stages whose files are set aside too if this one has steps to go.
 
         Raises:
             UserError: the state is of another training than the one asked for.
@@ -226,22 +253,20 @@ class Files:
         if not resume or not self.state.exists():
             if resume:
                 say(f"{self.state} is not there: {self.name} starts anew")
-            for name in (self.name, *later):
-                Files(self.ckpts, name).set_aside()
+            self.set_aside(self.name, *following)
             return None
         state = load_file(self.state)
-        if "recipe" not in state or "progress" not in state:
+        if not all(isinstance(state.get(key), dict) for key in ("settings", "progress", "parts")):
             raise WeightError(
                 f"{self.state}: written by an earlier version; leave --resume out, and give"
                 f" --init {self.gen} to start from its weights"
             )
-        changes = differences(state["recipe"], asked)
-        step, steps = state["progress"]["step"], asked["steps"]
+        changes = differences(state["settings"], settings)
+        step, steps = state["progress"]["step"], settings["steps"]
         if step > steps:
             raise UserError(f"{self.state}: is at step {step} already; give --steps above {steps}")
-        for key in list(changes):
-            if key == "steps":
-                say(f"{self.name} resumes at step {step} with {changes.pop(key)}")
+        if new_steps := changes.pop("steps", None):
+            say(f"{self.name} resumes at step {step} with {new_steps}")
         if changes and not accept_changes:
             raise UserError(
                 f"{self.state}: was trained otherwise: {'; '.join(changes.values())};"
@@ -250,25 +275,27 @@ class Files:
         if changes:
             state["progress"] |= {"best": -math.inf, "validated": -1}  # like with like only
         if step < steps:
-            for name in later:
-                Files(self.ckpts, name).set_aside()
+            self.set_aside(*following)
         return state
 
-    def set_aside(self) -> None:
-        """Keeps what an earlier training left under this name, before a new one writes there."""
-        paths = [path for path in (self.state, self.gen, self.best) if path.exists()]
-        number = 1
-        while any(previous(path, number).exists() for path in paths):
-            number += 1
-        for path in paths:
-            kept = previous(path, number)
-            if path != self.gen:
-                path.replace(kept)
-            elif any(filecmp.cmp(path, p, False) for p in path.parent.glob(f"{path.stem}.*.pth")):
-                continue
-            else:
-                shutil.copy2(path, kept)  # it serves until the new one is there
-            say(f"Kept {path.name} of an earlier training as {kept.name}")
+    def set_aside(self, *names: str) -> None:
+        """Keeps what earlier trainings of stages left, before new ones write there."""
+        for files in (Files(self.ckpts, name) for name in names):
+            paths = [path for path in (files.state, files.gen, files.best) if path.exists()]
+            number = 1
+            while any(previous(path, number).exists() for path in paths):
+                number += 1
+            for path in paths:
+                kept = previous(path, number)
+                copies = path.parent.glob(f"{path.stem}.*.pth")
+                if path != files.gen:
+                    path.replace(kept)
+                elif any(filecmp.cmp(path, copy, shallow=False) for copy in copies):
+                    continue
+                else:
+                    with replacing(kept) as temporary:  # it serves until the new one is there
+                        shutil.copy2(path, temporary)
+                say(f"Kept {path.name} of an earlier training as {kept.name}")
 
 
 def previous(path: Path, number: int) -> Path:
@@ -276,11 +303,11 @@ def previous(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}.previous.pth")
 
 
-def differences(before: dict, asked: dict) -> dict[str, str]:
+def differences(before: dict, after: dict) -> dict[str, str]:
     """Returns a phrase for every value that differs."""
     phrases = {}
-    for key in sorted(before.keys() | asked.keys()):
-        old, new = before.get(key), asked.get(key)
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
         if old != new and isinstance(new, list) and len(new) > 4:
             count = len(set(map(str, new)) ^ set(map(str, old or [])))
             phrases[key] = f"{key}: {count} of them differ"
@@ -306,23 +333,16 @@ def restore(parts: dict, state: dict, path: Path) -> None:
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightError(f"{path}: does not fit this training ({reason})") from error
-    if not all(is_finite(part) for part in parts.values() if isinstance(part, nn.Module)):
+    if not is_finite(states(parts)):
         raise WeightError(f"{path}: holds weights that are not finite; leave --resume out")
 
 
-def check_writable(folder: Path) -> None:
-    """Raises StorageError unless files can be written to a folder, which is made if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise StorageError.of(error, folder) or error from error
-
-
-def is_finite(network: nn.Module) -> bool:
-    """Returns whether all of a network's weights and statistics are finite."""
-    return all(bool(value.isfinite().all()) for value in network.state_dict().values())
+def is_finite(state: object) -> bool:
+    """Returns whether all tensors are finite that a state holds, however nested."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    values = state.values() if isinstance(state, dict) else state
+    return not isinstance(state, dict | list) or all(map(is_finite, values))
 
 
 def diverged(files: Files, step: int) -> DivergedError:
@@ -358,7 +378,7 @@ def load_batches(
         dataset,
         batch_sampler=sampler,
         num_workers=options.workers,
-        pin_memory=device.torch.type == "cuda",
+        pin_memory=device.torch_device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
     )
     try:
@@ -379,11 +399,11 @@ def held_out_crops(
 ) -> Batch | None:
     """Returns the middles of some held-out images as a batch, on the device, to watch."""
     items = []
-    for paths in list(held_out.values())[:FILM_ROWS]:
+    for paths in list(held_out.values())[:SAMPLES]:
         lr, hr = map(read_image, paths)
-        middle = [max(0, (side - FILM_SIDE) // 2) for side in lr.shape[:2]]
-        if min(lr.shape[:2]) >= FILM_SIDE:
-            area = tuple(slice(start, start + FILM_SIDE) for start in middle)
+        if min(lr.shape[:2]) >= SAMPLE_SIDE:
+            starts = [(side - SAMPLE_SIDE) // 2 for side in lr.shape[:2]]
+            area = tuple(slice(start, start + SAMPLE_SIDE) for start in starts)
             items.append(crop_pair(lr, hr, area, recipe.edges))
     if not items:
         return None
@@ -419,14 +439,24 @@ def validate(
     device: Device,
     log: "Log",
 ) -> Metrics | None:
-    """Returns and logs the mean metrics of the held-out images, which the processes share out."""
+    """Returns and logs the mean metrics of the held-out images, which the processes share out.
+
+    Raises:
+        ImageError, NotFiniteError: in all processes, one cannot be read, or not be made.
+    """
     mine = list(held_out.values())[device.rank :: device.world]
-    rows, references = [], []
-    for paths in progress(mine, "Validating", unit="image", leave=False, disable=device.rank > 0):
-        lr, hr = map(read_image, paths)
-        rows.append(stage.validate(ema, lr, hr))
+    rows, references, problems = [], [], []
+    for paths in progress(mine, "Validating", unit="image", leave=False):
+        try:
+            lr, hr = map(read_image, paths)
+            rows.append(stage.validate(ema, lr, hr))
+        except (ImageError, NotFiniteError) as error:
+            problems.append(error)
+            break
         if log.reference is None:
             references.append(stage.reference(lr, hr))
+    if problems := device.gather(problems):
+        raise problems[0]
     rows, references = device.gather(rows), device.gather(references)
     if references:
         log.reference = mean_of(references)
@@ -458,9 +488,7 @@ class Log:
                 done.run = max(numbers, default=0) + 1
             folders = (folder / str(done.run), folder / str(done.run) / "reference")
             self.writers = [SummaryWriter(str(f), purge_step=done.step + 1) for f in folders]
-        self.bar = progress(
-            desc=name, total=steps, initial=done.step, unit="step", disable=device.rank > 0
-        )
+        self.bar = progress(desc=name, total=steps, initial=done.step, unit="step")
         self.restart()
 
     def __enter__(self) -> "Log":
@@ -527,13 +555,11 @@ class Log:
         """Logs what the averaged generator makes of a batch, side by side."""
         if not self.writers:
             return
-        was_training = ema.training
-        for title, columns in stage.samples(ema.eval(), batch).items():
-            images = [each[:FILM_ROWS].float().cpu() for each in columns]
+        for title, columns in stage.samples(ema, batch).items():
+            images = [each[:SAMPLES].float().cpu() for each in columns]
             images = [each.expand(-1, 3, -1, -1) for each in images]
             grid = make_grid(torch.stack(images, dim=1).flatten(0, 1), nrow=len(images))
             self.writers[0].add_image(title, grid.clamp(0, 1), self.done.step)
-        ema.train(was_training)
 
 
 # Interruption ---------------------------------------------------------------------------------
@@ -559,14 +585,14 @@ def interruptible() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def with_remedies() -> Iterator[None]:
     """Turns errors of memory and of the processes that load data into ones that name the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceError("The GPU's memory is full; give a smaller --batch-size") from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # an error in one names it otherwise
             raise
         raise DeviceError(
             "A process that loads data was killed, as when memory or /dev/shm is full;"

@@ -1,83 +1,121 @@
 """Enlarges images where they lie, in memory, and draws comparison sheets."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from console import progress, warn
-from images import RESULTS, SUFFIXES, ImageError, bicubic, read_image, read_photo, write_image
+from console import PARTS_BAR, UserError, problem, progress, warn
+from images import (
+    RESULTS,
+    SUFFIXES,
+    ImageError,
+    bicubic,
+    check_writable,
+    read_image,
+    read_photo,
+    write_image,
+    write_png,
+)
 from inference import Enlarger
 from models import Generator
-from tiles import SCALE
+from tiles import FOREIGN, SCALE
 
 ENDING, PREVIEW = f"_x{SCALE}", "_preview"  # of the names of results
 DETAIL, GAP, CAPTION = 256, 8, 20  # pixels of a sheet
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
 
+Job = tuple[Path, Path]  # an image and where its result goes
 Cell = tuple[str, np.ndarray]  # caption and image
 
 
-def upscale_all(
-    paths: list[Path], enlarger: Enlarger, options: Namespace
-) -> tuple[int, int, list[str], Path, int]:
-    """Enlarges images and the images of folders.
+def find_jobs(paths: list[Path], options: Namespace) -> tuple[list[Job], list[str]]:
+    """Returns what there is to enlarge, and a line for each file that has to be left out.
 
     Args:
-        options: `output`, `recursive`, `overwrite`, `edges` and `preview` of the command line.
+        paths: images, and folders whose images are taken except for earlier results.
+        options: `output` and `recursive` of the command line.
+
+    Raises:
+        UserError: there is nothing to enlarge, or no such format to write.
+    """
+    output = options.output
+    single = len(paths) == 1 and not paths[0].is_dir()
+    if output and output.suffix and not output.is_dir() and (single or output.suffix in RESULTS):
+        if output.suffix.lower() not in RESULTS:
+            raise UserError(f"--output {output}: the suffix is not one of {', '.join(RESULTS)}")
+        if not single:
+            raise UserError(f"--output {output}: is one file; give a folder for several images")
+        return [(paths[0], output)], []
+    jobs: dict[Path, Path] = {}  # by result
+    problems = []
+    for given in paths:
+        if given.is_dir():
+            found, foreign = images_in(given, options)
+            problems += [f"{path}: cannot be read here; convert it to PNG" for path in foreign]
+        else:
+            found = [given]
+        for path in found:
+            base = given if given.is_dir() else given.parent
+            folder = output / path.parent.relative_to(base) if output else path.parent
+            result = folder / f"{path.stem}{ENDING}.png"
+            if jobs.setdefault(result, path) != path:
+                problems.append(f"{path}: its result would replace that of {jobs[result]}; rename")
+    if not jobs and not problems:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no images; give --recursive for sub-folders"
+        )
+    return [(path, result) for result, path in jobs.items()], problems
+
+
+def images_in(folder: Path, options: Namespace) -> tuple[list[Path], list[Path]]:
+    """Returns a folder's images, without earlier results, and its images of foreign formats."""
+    files = sorted(folder.rglob("*") if options.recursive else folder.iterdir())
+    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
+    stems = {path.with_suffix("") for path in files}
+    found = []
+    for path in files:
+        plain = path.with_name(path.stem.removesuffix(PREVIEW).removesuffix(ENDING))
+        is_result = path.stem != plain.name and plain in stems
+        in_output = options.output and path.is_relative_to(options.output) and path != plain
+        if path.suffix.lower() in SUFFIXES and not is_result and not in_output:
+            found.append(path)
+    return found, [path for path in files if path.suffix.lower() in FOREIGN]
+
+
+def upscale_all(
+    jobs: list[Job], enlarger: Enlarger, options: Namespace
+) -> tuple[int, int, list[str]]:
+    """Enlarges images.
+
+    Args:
+        options: `overwrite`, `edges` and `preview` of the command line.
 
     Returns:
-        How many were made, of how many, a line for each that was left out, the folder of the last
-        result, and how many pixels were made.
+        How many were made, how many pixels they have, and a line for each that was left out.
     """
-    made, pixels, problems, where = 0, 0, [], Path()
-    jobs = list(find_jobs(paths, options))
-    with progress(total=len(jobs), desc="Upscaling", bar_format=BAR) as bar:
+    made, pixels, problems = 0, 0, []
+    with progress(total=len(jobs), desc="Upscaling", bar_format=PARTS_BAR) as bar:
         for count, (path, result) in enumerate(jobs):
             bar.update(count - bar.n)
-            where = result.parent
             try:
                 hr = upscale_one(path, result, enlarger, options, bar.update)
             except (ImageError, OSError, MemoryError) as error:
-                problems.append(str(error))
+                problems.append(problem(path, error))
                 continue
             made += 1
             pixels += hr.shape[0] * hr.shape[1]
         bar.update(len(jobs) - bar.n)
-    return made, len(jobs), problems, where, pixels
-
-
-def find_jobs(paths: list[Path], options: Namespace) -> Iterator[tuple[Path, Path]]:
-    """Yields each image and the path of its result; earlier results in folders are no images."""
-    for given in paths:
-        if not given.is_dir():
-            yield given, result_path(given, given.parent, options, len(paths) == 1)
-            continue
-        for path in sorted(given.rglob("*") if options.recursive else given.iterdir()):
-            if path.suffix.lower() in SUFFIXES and path.is_file() and path.name[0] != ".":
-                stem = path.stem.removesuffix(PREVIEW).removesuffix(ENDING)
-                if stem == path.stem or not any(path.parent.glob(f"{stem}.*")):
-                    yield path, result_path(path, given, options, False)
-
-
-def result_path(path: Path, base: Path, options: Namespace, alone: bool) -> Path:
-    """Returns where the result of an image goes.
-
-    Args:
-        base: the folder that was given, below which results keep their places.
-        alone: whether `--output` may name a file.
-    """
-    output = options.output
-    if output and alone and output.suffix.lower() in RESULTS and not output.is_dir():
-        return output
-    folder = output / path.parent.relative_to(base) if output else path.parent
-    return folder / f"{path.stem}{ENDING}.png"
+    return made, pixels, problems
 
 
 def upscale_one(
-    path: Path, result: Path, enlarger: Enlarger, options: Namespace, progress: object
+    path: Path,
+    result: Path,
+    enlarger: Enlarger,
+    options: Namespace,
+    on_progress: Callable[[float], object],
 ) -> np.ndarray:
     """Enlarges one image; returns the result.
 
@@ -87,13 +125,9 @@ def upscale_one(
     if result.exists() and not options.overwrite:
         raise ImageError(f"{result}: is there already; give --overwrite to replace it")
     photo = read_photo(path)
-    edges = None
-    if options.edges:
-        edges = read_image(options.edges)[..., 0]
-        if edges.shape != tuple(SCALE * side for side in photo.rgb.shape[:2]):
-            raise ImageError(f"{options.edges}: is not {SCALE} times the size of {path}")
-    hr = enlarger(photo.rgb, edges, progress)
-    result.parent.mkdir(parents=True, exist_ok=True)
+    edges = read_edges(options.edges, photo.rgb) if options.edges else None
+    check_writable(result.parent)
+    hr = enlarger(photo.rgb, edges, on_progress)
     for note in photo.notes + write_image(result, hr, photo):
         warn(f"{path}: {note}")
     if options.preview:
@@ -102,8 +136,23 @@ def upscale_one(
             found = enlarger.predict_edges(photo.rgb) if edges is None else edges
             cells.insert(1, ("edges", drawn(found)))
         sheet = result.with_name(f"{result.stem}{PREVIEW}.png")
-        Image.fromarray(draw_sheet([cells], [(0.5, 0.5)])).save(sheet)
+        write_png(sheet, draw_sheet([cells], [(0.5, 0.5)]))
     return hr
+
+
+def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
+    """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file.
+
+    Raises:
+        ImageError: the file cannot be read, or is not of the HR image's size.
+    """
+    edges, wanted = read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
+    if edges.shape != wanted:
+        raise ImageError(
+            f"{path}: {edges.shape[1]}x{edges.shape[0]} pixels instead of"
+            f" {wanted[1]}x{wanted[0]}; edges are {SCALE} times the size of the LR image"
+        )
+    return edges
 
 
 def drawn(edges: np.ndarray) -> np.ndarray:

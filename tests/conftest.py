@@ -157,6 +157,8 @@ def command(*arguments: object) -> None:
     with main.plain_errors():
         options = main.parse_options([str(each).replace("{rank}", rank) for each in arguments])
         if options.command == "upscale":
-            main.upscale(options=options)
+            status = main.upscale(options=options)
         else:
-            main.COMMANDS[options.command](options)
+            status = main.COMMANDS[options.command](options)
+    if status:
+        sys.exit(status)

@@ -6,7 +6,7 @@ import torch
 from conftest import photograph, save, shrunk
 
 import slice_images_w_overlapping
-from dataset import CropSampler, Draw, PairedTiles, crop_pair, draw_colors, split
+from dataset import CropSampler, CropRequest, PairedTiles, crop_pair, draw_colors, split
 from images import ImageError, canny, read_image
 from tiles import HR, LR, TEST, TRAINING, whole
 
@@ -37,7 +37,7 @@ def test_crops_of_lr_and_hr_show_the_same_place(sliced):
 def test_colours_change_alike_in_lr_and_hr(sliced, edges):
     dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, color=True, edges=edges)
     for position in range(40):
-        item = dataset[Draw(0, 16, (0, position))]
+        item = dataset[CropRequest(0, 16, (0, position))]
         lr, hr = (item[kind].permute(1, 2, 0).numpy() for kind in ("lr", "hr"))
         difference = shrunk(hr)[2:-2, 2:-2].astype(int) - lr[2:-2, 2:-2]
         assert np.abs(difference).mean() < 4 and np.abs(difference.mean()) < 1.5
@@ -55,7 +55,7 @@ def test_edges_are_those_of_the_whole_tile(sliced):
     dataset = PairedTiles(sliced, names, 24, edges=("lr", "hr"))
     tile = canny(read_image(dataset.pairs[0][1]))
     for position in range(4):
-        item = dataset[Draw(0, 24, (0, position))]
+        item = dataset[CropRequest(0, 24, (0, position))]
         assert item["lr_edges"].shape == (1, 24, 24) and item["hr_edges"].shape == (1, 96, 96)
         assert set(np.unique(item["hr_edges"])) <= {0, 255}
         assert _found(item["hr_edges"][0].numpy(), tile)
@@ -75,7 +75,7 @@ def _found(crop: np.ndarray, tile: np.ndarray) -> bool:
 
 def test_the_same_draw_gives_the_same_crop(sliced):
     dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, color=True, edges=("lr",))
-    first, second = (dataset[Draw(3, 20, (0, 7))] for _ in range(2))
+    first, second = (dataset[CropRequest(3, 20, (0, 7))] for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -130,7 +130,7 @@ def test_half_of_the_lr_crops_pass_through_jpeg_and_canny_sees_them(sliced):
     mixed = PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges)
     changed = 0
     for position in range(60):
-        draw = Draw(position % len(clean), 24, (0, position))
+        draw = CropRequest(position % len(clean), 24, (0, position))
         before, after = clean[draw], mixed[draw]
         assert torch.equal(before["hr"], after["hr"])
         assert torch.equal(before["hr_edges"], after["hr_edges"])

@@ -85,7 +85,7 @@ def test_images_of_any_shape_become_four_times_as_large(shape):
     for generator in (Generator(8, 4), SRResNet(8, 4)):
         enlarger = Enlarger(generator, EdgeGenerator(4, 1), CPU)
         enlarger.windows = Windows(17, 40, 17)
-        hr = enlarger(lr, progress=parts.append)
+        hr = enlarger(lr, on_progress=parts.append)
         assert hr.shape == (4 * shape[0], 4 * shape[1], 3) and hr.dtype == np.uint8
     assert sum(parts) == pytest.approx(2)
 

@@ -167,7 +167,7 @@ def test_upscaling_in_memory_gives_the_same_image(root, ckpts):
 
 
 def test_summary_tells_how_many_how_long_and_where(root, ckpts, capsys):
-    for words in ("3 images", "0 images, 3 were there already"):
+    for words in ("3 images", "0 images, 3 there already"):
         test_all(root, ckpts)
         last = capsys.readouterr().out.splitlines()[-1]
         assert re.fullmatch(rf"Tested: {words}, in \d+\.\d s: {re.escape(str(output(root)))}", last)
@@ -297,7 +297,7 @@ def test_predicted_edges_given_back_give_the_same_image(root, ckpts, capsys):
     test_all(root, ckpts, name="edges")
     folder = output(root) / main.EDGES
     assert sorted(path.name for path in folder.iterdir()) == ["0.png", "1.png", "2.png"]
-    assert "Edges of: 3 images, in " in capsys.readouterr().out
+    assert "Edges predicted: 3 images, in " in capsys.readouterr().out
     test_all(root, ckpts, "--edges", folder)
     given = tiles(root)
     for name, (changed, _) in given.items():
@@ -439,7 +439,7 @@ def test_messages_of_several_processes_are_printed_once(root, ckpts, tmp_path):
     statuses, printed = Launched(tmp_path / "log", command, *given, processes=2).wait()
     assert 1 in statuses
     assert len(list(output(root).glob("*.png"))) == 9
-    for word in ("0_02_02.png", "1_02_02.png", "camera.heic", "Tested: 1 images, 3"):
+    for word in ("0_02_02.png", "1_02_02.png", "camera.heic", "Tested: 1 image, 3"):
         assert printed.count(word) == 1
 
 

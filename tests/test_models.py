@@ -234,7 +234,7 @@ def test_an_interrupted_save_keeps_the_old_weights(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(models.torch, "save", half)

@@ -197,14 +197,14 @@ def test_what_cannot_be_read_is_named_and_the_others_cut(pair, capsys):
     path.write_bytes(path.read_bytes()[:3000])
     assert slice_all(pair) == 1
     printed = capsys.readouterr()
-    skipped = [line for line in printed.err.splitlines() if line.startswith("Skipped ")]
+    skipped = [line for line in printed.err.splitlines() if line.startswith("Left out ")]
     expected = ["alone.png", f"{HR}/odd.png", "dot.png", "speck.png", "broken.jpg", "folder.png"]
     expected += ["empty.png", f"{TEST}/{LR}/link.png", f"{HR}/link.png", "linked.png", "cut.png"]
     assert len(skipped) == len(expected)
     assert all(any(name in line for line in skipped) for name in expected)
     assert len(list((pair / TRAINING / LR / TILES).iterdir())) == 36
     assert (pair / TRAINING / LR / "linked.png").is_symlink()
-    assert "Sliced: 1 images, skipped: 11, in " in printed.out.splitlines()[-1]
+    assert "Sliced: 1 image, 11 left out, in " in printed.out.splitlines()[-1]
 
 
 def test_too_long_a_name_is_named(tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_joining_gives_the_image_back(tested, capsys):
         assert len(list((output / "1490").iterdir())) == 36
         assert not list(output.glob("*.png"))
         last = capsys.readouterr().out.splitlines()[-1]
-        assert last.startswith("Joined: 1 images, left out: 0, in ")
+        assert last.startswith("Joined: 1 image, in ")
         assert last.endswith(f" s: {output / JOINED}")
 
 
@@ -295,7 +295,7 @@ def test_incomplete_images_are_named_and_the_others_joined(tested, capsys):
     assert all(any(name in line for line in left_out) for name in expected)
     assert [path.name for path in (output / JOINED).iterdir()] == ["candidate_1490.png"]
     assert (output / "lacking_01_01.png").exists()
-    assert "Joined: 1 images, left out: 8, in " in printed.out
+    assert "Joined: 1 image, 8 left out, in " in printed.out
 
 
 def test_seams_vanish_where_neighbours_differ(tested):
@@ -502,9 +502,7 @@ def test_slicing_goes_on_after_a_real_ctrl_c(tmp_path):
 def test_summary_tells_how_many_how_long_and_where(pair, capsys):
     assert slice_all(pair) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(
-        rf"Sliced: 1 images, skipped: 0, in \d+\.\d s: {re.escape(str(pair))}/.*/{TILES}", last
-    )
+    assert re.fullmatch(rf"Sliced: 1 image, in \d+\.\d s: {re.escape(str(pair))}/.*/{TILES}", last)
 
 
 def test_empty_folders_tell_what_to_do(tmp_path, capsys):

@@ -14,6 +14,7 @@ from conftest import CPU, Launched, command, photograph, run, save, shrunk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import device
+import images
 import main
 import slice_images_w_overlapping
 import training
@@ -31,7 +32,7 @@ from stages import (
     SRModel,
     SRResNetModel,
     cosine,
-    halved,
+    halving,
 )
 from tiles import HR, LR, SCALE, TEST, TILES, TRAINING
 from training import update_ema
@@ -83,7 +84,8 @@ def options(sliced, vgg, ckpts):
 
     def given(name, folder, *more):
         fixed = [name, "--root", sliced, "--ckpts", folder, "--runs", folder / "runs"]
-        fixed += ["--vgg", vgg, "--workers", 0, "--batch-size", 2, "--crop", 16, "--steps", 4]
+        fixed += ["--vgg", vgg, "--workers", 0, "--batch-size", 2, "--crop", 16]
+        fixed += [] if "--epochs" in more else ["--steps", 4]
         first = {"train_edges": "EdgeModel", "pretrain": "SRResNet"}.get(name)
         stage = more[more.index("--stage") + 1] if "--stage" in more else first
         if first and stage in (first, "EdgePreModel"):
@@ -184,7 +186,7 @@ def values(curve):
 def test_schedules():
     recipe = Recipe(steps=10_000, crops=(16, 31), accumulate=2)
     steps = (0, 124_999, 125_000, 250_000)  # of two batches
-    assert [halved(step, recipe) for step in steps] == [1, 1, 0.5, 0.25]
+    assert [halving(step, recipe) for step in steps] == [1, 1, 0.5, 0.25]
     assert cosine(0, recipe) == pytest.approx(1 / 200)
     assert max(cosine(step, recipe) for step in range(10_000)) == pytest.approx(1, abs=0.01)
     assert cosine(10_000, recipe) == pytest.approx(0.02)
@@ -280,7 +282,7 @@ def test_losses_of_both_networks_and_what_else_is_watched_are_logged(trained):
 
 
 def test_recipe_is_recorded(trained):
-    text = events(trained / "runs" / "SRModel").Tensors("recipe/text_summary")
+    text = events(trained / "runs" / "SRModel").Tensors("settings/text_summary")
     assert b"learning_rate | 0.0001 |" in text[0].tensor_proto.string_val[0]
     assert b"seed | 0 |" in text[0].tensor_proto.string_val[0]
 
@@ -294,7 +296,7 @@ def test_held_out_crops_can_be_watched(sliced, folder, options, monkeypatch):
     assert sorted(seen.Tags()["images"]) == titles
     images = seen.Images(titles[0])
     assert [image.step for image in images] == [1, 2, 3, 4]  # of two batches
-    side = SCALE * training.FILM_SIDE
+    side = SCALE * training.SAMPLE_SIDE
     assert (images[0].width, images[0].height) == (3 * side + 8, side + 4)  # at 100 %
     without = events(folder / "runs" / "EdgePreModel")  # then of the batch
     assert without.Tags()["images"] == titles[1:]
@@ -779,7 +781,7 @@ def test_folder_that_cannot_be_written_to_is_found_before_the_first_step(
     def fail(**_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(training.tempfile, "TemporaryFile", fail)
+    monkeypatch.setattr(images.tempfile, "TemporaryFile", fail)
     monkeypatch.setattr(SRResNetModel, "losses", never)
     line = refused(*options("pretrain", folder))
     assert line.startswith(f"{folder}: {os.strerror(code)}; ")
@@ -885,7 +887,10 @@ def all_gradients(options, root, device, precisions):
     batch = {key: value[mine] for key, value in batch.items()}
     return {
         f"{kind.__name__} {name}": gradients(
-            kind, options, Device(device.torch, PRECISIONS[name], device.rank, device.world), batch
+            kind,
+            options,
+            Device(device.torch_device, PRECISIONS[name], device.rank, device.world),
+            batch,
         )
         for kind in (EdgeModel, PreModel, SRModel)
         for name in precisions
