@@ -6,7 +6,7 @@ import torch
 from conftest import photograph, save, shrunk
 
 import slice_images_w_overlapping
-from dataset import CropSampler, CropRequest, PairedTiles, crop_pair, draw_colors, split
+from dataset import CropRequest, CropSampler, PairedTiles, crop_pair, draw_colors, split
 from images import ImageError, canny, read_image
 from tiles import HR, LR, TEST, TRAINING, whole
 

@@ -1,17 +1,26 @@
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import CPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import device
-from device import Device, DeviceError, choose_kind, choose_precision, threads_per_process
+from device import (
+    Device,
+    DeviceError,
+    choose_kind,
+    choose_precision,
+    threads_per_process,
+    to_image,
+)
 from losses import (
     PerceptualLoss,
     discriminator_loss,
     edge_cross_entropy,
     feature_matching,
     generator_terms,
+    hinge_discriminator,
     hinge_generator,
+    squared_error,
 )
 from models import Discriminator, EdgeDiscriminator, EdgeGenerator, Generator, SRResNet
 
@@ -50,6 +59,31 @@ def test_cuda_is_used_where_this_pytorch_was_built_for_the_gpu(
     if not works:
         with pytest.raises(DeviceError, match="not built for Some GPU"):
             choose_kind("cuda")
+
+
+def test_the_cpu_is_used_without_looking_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(device, "cuda_obstacle", None)
+    assert choose_kind("cpu") == "cpu"
+
+
+def test_amds_gpus_are_cuda_to_pytorch(gpu, monkeypatch):
+    gpu((9, 0), ["gfx90a"])
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_kind("auto") == "cuda"
+
+
+def test_opening_a_gpu(gpu, monkeypatch):
+    gpu((9, 0), ["sm_90"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is put back
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (7, 8))
+    with device.open_device() as opened:
+        assert opened.torch_device == torch.device("cuda", 1) and chosen == [opened.torch_device]
+        assert opened.dtype == torch.bfloat16 and opened.free_bytes() == 7
+    assert "expandable_segments:True" in device.os.environ["PYTORCH_ALLOC_CONF"]
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -92,7 +126,20 @@ def test_bytes_become_numbers_from_0_to_1():
     assert sent.dtype == torch.float32 and sent.tolist() == pytest.approx([0, 0.2, 1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_networks_and_images_are_in_the_layout_that_convolutions_are_fastest_in():
+    placed = CPU.place(Generator(8, 4))
+    assert placed.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    sent = CPU.send(torch.zeros(2, 3, 5, 6, dtype=torch.uint8))
+    assert sent.is_contiguous(memory_format=torch.channels_last)
+    assert placed.trunk(sent).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_output_that_is_not_a_number_is_no_image():
+    with pytest.raises(DeviceError, match="--precision fp32"):
+        to_image(torch.full((1, 3, 2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_networks_and_losses_on_cuda(monkeypatch, dtype):
     """On fake tensors: shapes, types and layouts as on a GPU, without values."""
     # else autocast disables itself where there is no GPU
@@ -106,10 +153,10 @@ def test_networks_and_losses_on_cuda(monkeypatch, dtype):
         lr_edges, hr_edges = torch.rand(2, 1, 16, 16), torch.rand(2, 1, 64, 64)
         edges, patch, trunk = EdgeGenerator(8, 1), EdgeDiscriminator(8), SRResNet(8, 4)
         generator, discriminator = Generator(8, 4), Discriminator(8)
-        for module in (m for n in (edges, patch, trunk, generator) for m in n.modules()):
-            if isinstance(module, torch.nn.Conv2d) and "weight" in module._parameters:
-                weight = module.weight.detach().contiguous(memory_format=last)
-                module.weight = torch.nn.Parameter(weight)
+        networks = edges, patch, trunk, generator, discriminator
+        for parameter in (p for network in networks for p in network.parameters()):
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=last)
         layers = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128)}
         state = {f"{i}.weight": torch.rand(*shape, 3, 3) for i, shape in layers.items()}
         state |= {f"{i}.bias": torch.rand(shape[0]) for i, shape in layers.items()}
@@ -132,5 +179,5 @@ def test_networks_and_losses_on_cuda(monkeypatch, dtype):
         total = sum(terms.values()) + edge_cross_entropy(found, hr_edges)
         total = total + feature_matching(seen, expected) + hinge_generator(score.float())
         total = total + discriminator_loss(answer, answer, torch.rand(2, 2))
-        total = total + F.mse_loss(fast, hr)
+        total = total + squared_error(fast, hr) + hinge_discriminator(score.float(), score.float())
         assert total.dtype == torch.float32 and total.shape == ()

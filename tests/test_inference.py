@@ -126,6 +126,14 @@ def test_windows_take_half_of_a_gpus_memory():
     assert Windows.of(CPU) == Windows()
 
 
+def test_kernels_are_tuned_where_one_shape_comes_again():
+    enlarger = Enlarger(Generator(8, 4), EdgeGenerator(4, 1), CPU)
+    for sides, tuned in ((Windows(64, 64, 64), False), (Windows(20, 20, 20), True)):
+        enlarger.windows = sides
+        enlarger(photograph(0, 60))
+        assert torch.backends.cudnn.benchmark is tuned
+
+
 def test_windows_shrink_until_memory_suffices(monkeypatch):
     lr = photograph(0, 64)
     enlarger = Enlarger(trained(SRResNet(8, 4)), None, CPU)

@@ -57,10 +57,17 @@ def test_perceptual_loss_reaches_the_generated_image_only(vgg):
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 
 
-def test_perceptual_loss_names_a_file_without_vgg(tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(WeightError, match=r"other\.pth"):
-        vgg_state(tmp_path / "other.pth")
+def test_perceptual_loss_names_a_file_without_vgg(tmp_path, vgg):
+    state = torch.load(vgg)
+    key = "features.5.weight"
+    for spoilt in (
+        {"a": torch.zeros(1)},
+        state | {key: state[key][:, :1]},
+        state | {key: torch.full_like(state[key], torch.nan)},
+    ):
+        torch.save(spoilt, tmp_path / "other.pth")
+        with pytest.raises(WeightError, match=r"other\.pth"):
+            vgg_state(tmp_path / "other.pth")
 
 
 def test_generator_loss_has_the_originals_weights_on_its_scale():

@@ -335,6 +335,17 @@ def test_edges_that_are_missing_or_of_another_size_are_named(root, ckpts, tmp_pa
     assert len(tiles(root)) == 9
 
 
+def test_edges_that_are_there_are_the_users_own(root, ckpts, capsys):
+    test_all(root, ckpts, name="edges")
+    drawn = output(root) / main.EDGES / "1.png"
+    save(drawn.parent, drawn.name, np.zeros((96, 128, 3), np.uint8))
+    (output(root) / main.EDGES / "2.png").unlink()
+    before = drawn.read_bytes()
+    test_all(root, ckpts, name="edges")
+    assert drawn.read_bytes() == before
+    assert "Edges predicted: 1 image, 2 there already, in" in capsys.readouterr().out
+
+
 # Evaluation -----------------------------------------------------------------------------------
 
 
@@ -363,6 +374,42 @@ def test_joined_image_of_an_image_replaced_since_is_not_compared(evaluated, caps
     save(path.parent, path.name, read_image(path)[::-1])
     (line,) = left_out(fails(capsys, evaluate, evaluated))
     assert str(joined(evaluated, 0)) in line and "slice, test and join again" in line
+
+
+def test_new_tiles_are_not_evaluated_before_they_are_joined(evaluated, ckpts, other, capsys):
+    test_all(evaluated, ckpts, "--ckpt", other)
+    lines = left_out(fails(capsys, evaluate, evaluated))
+    assert len(lines) == 2 and all("join_slice_images.py" in line for line in lines)
+
+
+def test_lr_image_made_from_a_ground_truth_replaced_since_is_named(tmp_path, ckpts, capsys):
+    root = tmp_path / "root"
+    for number in range(2):
+        save(root / TEST / HR, f"{number}.png", photograph(number)[:96, :128])
+    slice_all(root)
+    test_all(root, ckpts)
+    join_all(root)
+    save(root / TEST / HR, "0.png", photograph(3)[:96, :128])
+    for step in (lambda: test_all(root, ckpts), lambda: evaluate(root)):
+        (line,) = left_out(fails(capsys, step))
+        assert "0.png" in line and "slice_images_w_overlapping.py" in line
+
+
+def test_names_that_are_not_utf_8_are_evaluated(evaluated, ckpts):
+    for path in [*evaluated.rglob("image_*_0.png"), *evaluated.rglob("0_*.png")]:
+        path.unlink()
+    name = os.fsdecode(b"caf\xe9.png")
+    hr = photograph(0)[:96, :128]
+    try:
+        save(evaluated / TEST / HR, name, hr)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    save(evaluated / TEST / LR, name, shrunk(hr))
+    slice_all(evaluated)
+    test_all(evaluated, ckpts)
+    join_all(evaluated)
+    evaluate(evaluated)
+    assert rows(evaluated) == ["1", "caf\\udce9", "mean"]
 
 
 @pytest.mark.parametrize("spoil", ["broken", "small", "link"])
@@ -507,6 +554,10 @@ def test_main_runs_what_its_last_lines_leave_uncommented(root, ckpts, tmp_path):
         status, printed = script(text.replace(name, name[2:]), tmp_path, *options)
         assert status == 0 and word in printed
     assert read_image(tmp_path / "holiday_x4.png").shape == (96, 128, 3)
+    lr_image(root, 0).write_bytes(b"no image")  # what one line leaves out does not stop the next
+    text = text.replace("# test()", "test()").replace("# evaluate()", "evaluate()")
+    _, printed = script(text, tmp_path, *options)
+    assert "Tested: " in printed and "Evaluated: " in printed
 
 
 def test_a_folder_without_images_is_named(tmp_path, ckpts):
@@ -561,13 +612,14 @@ def test_help_shows_every_default(capsys, monkeypatch):
         *(["--epochs", value] for value in ("nan", "inf", "0", "-1")),
         *(["--learning-rate", value] for value in ("nan", "-1e-4", "fast")),
         *(["--steps", value] for value in ("0", "-5", "1.5")),
-        *(["--seed", value] for value in ("-1", "x")),
+        *(["--seed", value] for value in ("-1", "x", "9" * 20)),
         *(["--workers", "-1"], ["--held-out", "-3"], ["--batch-size", "0"]),
         *(["--crop", value] for value in ("1", "0", "-16")),
         *(["--tiles", "0"], ["--pad", "7"], ["--checkpoint-every", "0"]),
         *(["--jpeg", value] for value in ("1.5", "-0.1", "nan")),
         *(["--device", "tpu"], ["--precision", "fp8"], ["--stage", "All"]),
         *(["--root", "nowhere"], ["dance"], ["test", "image.png"]),
+        ["--epochs", "1", "--steps", "1"],
     ],
     ids=" ".join,
 )
@@ -577,7 +629,7 @@ def test_odd_values_are_refused_by_the_parser(capsys, given):
     assert given[0].lstrip("-") in printed.err.splitlines()[-1] or given[-1] in printed.err
 
 
-@pytest.mark.parametrize("given", [["--jpeg", "0"], ["--jpeg", "1"], ["--held-out", "0"]])
+@pytest.mark.parametrize("given", [["--jpeg", "0.00"], ["--jpeg", "1"], ["--held-out", "0"]])
 def test_values_at_the_edge_are_taken(given):
     assert vars(main.parse_options(given))[given[0][2:].replace("-", "_")] == float(given[1])
 

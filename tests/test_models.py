@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Launched
 
 import models
+from device import open_device
 from models import (
     BatchNorm2d,
     Discriminator,
@@ -265,6 +267,40 @@ def group(request):
     yield
     if request.param:
         dist.destroy_process_group()
+
+
+def normalised(path):
+    """What each of two processes does with its half of a batch."""
+    with open_device("cpu", "fp32", training=True) as device:
+        norm, x, weight = norm_and_batch(BatchNorm2d)
+        mine = slice(2 * device.rank, 2 * device.rank + 2)
+        x = x[mine].detach().requires_grad_()
+        y = norm(x)
+        (y * weight[mine]).sum().backward()
+        torch.save([y, x.grad, *norm.buffers()], f"{path}.{device.rank}")
+
+
+def norm_and_batch(kind):
+    torch.manual_seed(0)
+    norm = kind(3)
+    torch.nn.init.uniform_(norm.weight)
+    x = (2 * torch.randn(4, 3, 5, 6) + 1).requires_grad_()
+    return norm, x, torch.randn(4, 3, 5, 6)
+
+
+def test_two_processes_normalise_the_whole_batch(tmp_path):
+    launched = Launched(tmp_path / "log", normalised, tmp_path / "result", processes=2)
+    statuses, printed = launched.wait()
+    assert statuses == [0, 0], printed
+    halves = [torch.load(tmp_path / f"result.{rank}") for rank in range(2)]
+    norm, x, weight = norm_and_batch(torch.nn.BatchNorm2d)
+    y = norm(x)
+    (y * weight).sum().backward()
+    for ours, theirs in zip(zip(*halves, strict=True), (y, x.grad), strict=False):
+        assert torch.allclose(torch.cat(ours), theirs, rtol=1e-4, atol=1e-5)
+    for half in halves:
+        for ours, theirs in zip(half[2:], norm.buffers(), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_is_pytorchs(group):

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import math
 import os
@@ -20,9 +21,17 @@ import slice_images_w_overlapping
 import training
 from dataset import CropSampler, PairedTiles, split
 from device import Device, open_device
-from images import canny, read_image
+from images import ImageError, canny, read_image
 from inference import Enlarger
-from models import EdgeGenerator, Generator, load_file, load_network, save_file, save_network
+from models import (
+    EdgeGenerator,
+    Generator,
+    SRResNet,
+    load_file,
+    load_network,
+    save_file,
+    save_network,
+)
 from stages import (
     EdgeModel,
     EdgePreModel,
@@ -254,6 +263,19 @@ def test_metrics_to_beat_are_a_flat_line_in_the_same_chart(trained):
         for key, curve in flat.items():
             assert len(set(values(curve))) == 1
             assert [step for step, _ in curve] == [step for step, _ in ours[key]]
+
+
+def test_metrics_to_beat_are_computed_once(folder, options, monkeypatch):
+    original, seen = SRResNetModel.reference, []
+
+    def reference(self, lr, hr):
+        seen.append(hr)
+        return original(self, lr, hr)
+
+    monkeypatch.setattr(SRResNetModel, "reference", reference)
+    more = ["--stage", "SRResNet", "--checkpoint-every", 1, "--held-out", 1]
+    command(*options("pretrain", folder, *more, "--steps", 3))
+    assert len(seen) == 1
 
 
 def test_losses_of_both_networks_and_what_else_is_watched_are_logged(trained):
@@ -770,6 +792,98 @@ def test_damaged_tile_met_by_the_second_process_stops_both(sliced, folder, optio
     assert state(folder, SRModel)["progress"]["step"] == 2
 
 
+def test_held_out_image_damaged_since_costs_no_step(sliced, folder, options, refused, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(sliced, root)
+    _, held_out = split(root, 4)
+    hr = next(iter(held_out.values()))[1]
+    more = ["--root", root, "--checkpoint-every", 2, "--stage", "SRResNet"]
+    command(*options("pretrain", folder, *more, "--steps", 1))
+
+    def validate(*_):
+        raise ImageError(f"{hr}: not readable")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SRResNetModel, "validate", validate)
+        assert str(hr) in refused(*options("pretrain", folder, *more, "--steps", 4, "--resume"))
+    assert state(folder, SRResNetModel)["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize("size", [LR, HR])
+def test_stale_tiles_are_named_before_the_first_step(
+    sliced, folder, options, refused, tmp_path, monkeypatch, size
+):
+    root = tmp_path / "root"
+    shutil.copytree(sliced, root)
+    image = root / TRAINING / size / f"image_{size}_0001.png"
+    save(image.parent, image.name, read_image(image)[::-1])
+    monkeypatch.setattr(SRResNetModel, "losses", never)
+    line = refused(*options("pretrain", folder, "--root", root))
+    assert "0001_01_01.png: not made from this image as it is now" in line
+    assert "slice_images_w_overlapping.py" in line
+
+
+def test_tiles_of_another_grid_are_no_continuation(sliced, folder, options, refused, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(sliced, root)
+    more = ["--root", root, "--stage", "SRResNet"]
+    command(*options("pretrain", folder, *more, "--steps", 1))
+    slice_images_w_overlapping.main(["--root", str(root), "--tiles", "1"])
+    assert "tiles 12 -> 3" in refused(*options("pretrain", folder, *more, "--resume"))
+
+
+def test_full_disk_while_saving_is_said_in_one_line(folder, options, refused, monkeypatch):
+    def full(_, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = (folder / "SRResNet_gen.pth").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    line = refused(*options("pretrain", folder, "--stage", "SRResNet"))
+    assert (
+        line == f"{folder}: No space left on device; free some space and run the same command again"
+    )
+    assert (folder / "SRResNet_gen.pth").read_bytes() == before
+
+
+def test_weights_are_flushed_to_the_disk(folder, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(images, "_flush", flushed.append)
+    save_network(SRResNet(4, 1), folder / "a.pth")
+    assert len(flushed) == 2  # the file and its folder
+
+
+def test_optimiser_that_is_not_finite_is_not_saved(folder, options, refused, monkeypatch):
+    original = SRResNetModel.losses
+
+    def losses(self, batch):
+        terms, scalars = original(self, batch)
+        return {"gen": {"mse": terms["gen"]["mse"] * 1e25}}, scalars
+
+    monkeypatch.setattr(SRResNetModel, "losses", losses)
+    more = ["--stage", "SRResNet", "--learning-rate", 1e-30, "--held-out", 0]
+    assert "not finite" in refused(*options("pretrain", folder, *more))
+    assert not (folder / "SRResNet.state.pth").exists()
+
+
+def test_changed_optimiser_settings_are_applied_on_resuming(folder, options, monkeypatch):
+    command(*options("pretrain", folder, "--steps", 1, "--stage", "PreModel"))
+    changed = dataclasses.replace(PreModel.recipe, betas=(0.5, 0.6), trunk_rate=0.25)
+    monkeypatch.setattr(PreModel, "recipe", changed)
+    more = ["--steps", 2, "--stage", "PreModel", "--resume", "--accept-changes"]
+    command(*options("pretrain", folder, *more))
+    groups = state(folder, PreModel)["parts"]["gen adam"]["param_groups"]
+    assert [group["factor"] for group in groups] == [1, 0.25]
+    assert all(list(group["betas"]) == [0.5, 0.6] for group in groups)
+
+
+def test_a_stage_trained_alone_ends_what_followed_from_its_old_weights(folder, options):
+    command(*options("train_edges", folder, "--steps", 1))
+    command(*options("train_edges", folder, "--steps", 1, "--stage", "EdgePreModel"))
+    assert not (folder / "EdgeModel.state.pth").exists()
+    assert (folder / "EdgeModel.state.2.previous.pth").exists()
+
+
 def never(*_, **__):
     raise AssertionError("this must not be reached")
 
@@ -853,6 +967,12 @@ def test_first_process_reads_and_writes_for_all_and_speaks_for_them(folder, opti
     statuses, printed = launched.wait()
     assert statuses == [0, 0], printed
     assert printed.count("Kept SRModel.state.pth of an earlier training") == 1
+    wild = [*arguments, "--batch-size", 1, "--learning-rate", 1e30, "--steps", 60]
+    statuses, printed = Launched(tmp_path / "log", command, *wild, processes=2).wait()
+    assert statuses == [1, 1] and printed.count("not finite at step") == 1
+    nothing = [*arguments, "--root", tmp_path]
+    statuses, printed = Launched(tmp_path / "log", command, *nothing, processes=2).wait()
+    assert statuses == [1, 1] and printed.count(": no tiles; ") == 1
 
 
 def batch_of(sliced):

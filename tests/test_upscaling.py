@@ -3,6 +3,7 @@ import pytest
 from conftest import CPU, photograph
 from PIL import Image, ImageCms
 
+import images
 import join_slice_images
 import main
 import slice_images_w_overlapping
@@ -180,3 +181,68 @@ def test_fast_is_the_srresnet_which_needs_no_edges(upscale, ckpts, tmp_path):
     network = load_network(tmp_path / "ckpts" / "SRResNet_gen.pth")
     expected = Enlarger(network, None, CPU)(photograph(0, SIDE))
     assert np.abs(np.asarray(Image.open(tmp_path / "a_x4.png")).astype(int) - expected).max() <= 1
+
+
+def test_results_that_would_collide_are_named(upscale, tmp_path):
+    image(0).save(tmp_path / "a.jpg")
+    image(1).save(tmp_path / "a.png")
+    status, printed = upscale(tmp_path, "--overwrite", "--fast")
+    assert status == 1 and "a.png: its result would replace that of" in printed
+    assert "Upscaled: 1 image, 1 left out" in printed
+
+
+def test_results_are_never_enlarged_again(upscale, tmp_path):
+    image().save(tmp_path / "a[1].png")
+    for _ in range(2):
+        upscale(tmp_path, "--output", tmp_path / "large", "--recursive", "--overwrite", "--fast")
+        upscale(tmp_path, "--overwrite", "--fast")
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == [
+        *("a[1].png", "a[1]_x4.png", "a[1]_x4.png")
+    ]
+
+
+def test_what_a_folder_lacks_or_holds_in_vain_is_said(upscale, tmp_path):
+    status, printed = upscale(tmp_path)
+    assert status == 1 and f"{tmp_path}: no images" in printed
+    (tmp_path / "phone.dng").touch()
+    image().save(tmp_path / "a.png")
+    status, printed = upscale(tmp_path, "--fast")
+    assert status == 1 and "phone.dng: cannot be read here" in printed
+    assert (tmp_path / "a_x4.png").exists()
+
+
+def test_formats_and_options_that_do_not_go_together_are_refused(upscale, tmp_path):
+    image().save(tmp_path / "a.png")
+    for given, word in (
+        (["--output", tmp_path / "b.gif"], "b.gif"),
+        (["--fast", "--edges", tmp_path / "a.png"], "--fast"),
+        ([tmp_path / "a.png", "--output", tmp_path / "b.png"], "is one file"),
+    ):
+        status, printed = upscale(tmp_path / "a.png", *given)
+        assert status == 1 and word in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_every_error_names_its_file(upscale, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Enlarger, "__call__", fail)
+    image().save(tmp_path / "a.png")
+    status, printed = upscale(tmp_path / "a.png")
+    assert status == 1 and f"Left out {tmp_path / 'a.png'}: " in printed
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
+    upscale, tmp_path, monkeypatch
+):
+    def fail(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(images.tempfile, "TemporaryFile", fail)
+    monkeypatch.setattr(Enlarger, "__call__", None)
+    for number in range(2):
+        image().save(tmp_path / f"{number}.png")
+    status, printed = upscale(tmp_path)
+    assert status == 1 and printed.count(f"{tmp_path}: Read-only file system; ") == 1
