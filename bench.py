@@ -5,8 +5,8 @@
 For Linux. Takes some minutes; let nothing else run. The plain way is the original's: float32,
 PyTorch's default memory layout and layers, batch and spectral norm computed anew, one tile of
 68 x 68 pixels for every 60 x 60 at a time; images one after the other at Pillow's default PNG
-compression. Every measurement is a process of its own, plain and ours by turns; the figures are
-medians.
+compression. Every measurement is a process of its own, plain and ours by turns; medians are
+printed.
 """
 
 import argparse
@@ -246,7 +246,7 @@ def slicing(device: Device, plain: bool) -> dict:
 
 
 def joining(device: Device, plain: bool) -> dict:
-    """Pictures of 2400 x 2400 pixels; the plain way puts the tiles' insides side by side."""
+    """Returns the time of joining 2400 x 2400 pixels; plainly, the tiles' insides side by side."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / TEST / LR
         (folder / OUTPUT).mkdir(parents=True)

@@ -105,6 +105,7 @@ class CropSampler(Sampler[list[CropRequest]]):
             size = int(
                 np.random.default_rng((self.seed, 0, number)).integers(smallest, largest + 1)
             )
+            # crops are counted over all batches and processes; `position` is a crop's number
             first = (number * self.world + self.rank) * self.batch_size
             requests = []
             for position in range(first, first + self.batch_size):

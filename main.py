@@ -349,7 +349,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and the recipes as the table they are."""
+    """Shows every default, and leaves the lines of the recipes' table as they are."""
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:

@@ -55,7 +55,7 @@ def windows(
 
     Args:
         area: of the image; the cores cover it.
-        size: pixels a side that cores have at most, about.
+        size: most pixels a side of a core inside the image; at the border the halo is added.
         halo: pixels around a core, as far as an image of `shape` reaches.
     """
     outer = grow(area, halo, shape)
@@ -70,7 +70,10 @@ def windows(
 def _windows_along(
     side: slice, outer: slice, size: int, halo: int
 ) -> Iterator[tuple[slice, slice]]:
-    """Yields (core, seen) along one side; neighbours meet in the middle of what both see."""
+    """Yields (core, seen) along one side; neighbours meet in the middle of what both see.
+
+    `outer` is divided, not `side`: the first and the last window have no halo beyond it.
+    """
     length = outer.stop - outer.start
     count = max(1, -(-(length - 2 * halo) // size))
     seen = min(length, -(-(length - 2 * halo) // count) + 2 * halo)
