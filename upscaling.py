@@ -24,7 +24,7 @@ from models import Generator
 from tiles import FOREIGN, SCALE
 
 ENDING, PREVIEW = f"_x{SCALE}", "_preview"  # of the names of results
-DETAIL, GAP, CAPTION = 256, 8, 20  # pixels of a sheet
+DETAIL, GAP, CAPTION = 192, 8, 20  # pixels of a sheet, which GitHub shows at 100 %
 
 Job = tuple[Path, Path]  # an image and where its result goes
 Cell = tuple[str, np.ndarray]  # caption and image
