@@ -96,10 +96,9 @@ def fit(  # noqa: PLR0912, PLR0915
     done = Progress(**state["progress"]) if state else Progress()
     if state:
         restore(parts, state, files.state)
-        for key, optimizer in optimizers.items():  # with what it was given, not what it had then
-            for group, given in zip(
-                optimizer.param_groups, stage.parameter_groups(key), strict=True
-            ):
+        for key, optimizer in optimizers.items():  # the state brought its own settings back
+            groups = zip(optimizer.param_groups, stage.parameter_groups(key), strict=True)
+            for group, given in groups:
                 group |= {"factor": given["factor"], "betas": recipe.betas}
     elif device.world > 1:  # give every process the first one's weights
         restore(parts, device.from_first(lambda: {"parts": states(parts)}), files.state)
@@ -114,6 +113,7 @@ def fit(  # noqa: PLR0912, PLR0915
     # Train
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
     samples = held_out_crops(held_out, recipe, device)
+    one_shape = recipe.crops[0] == recipe.crops[1]
     saved = time.monotonic()
     log = Log(stage.name, options.runs, recipe.steps, done, device)
     with with_remedies(), interruptible() as interrupted, log:
@@ -157,9 +157,7 @@ def fit(  # noqa: PLR0912, PLR0915
                 raise KeyboardInterrupt(message)
 
             # Step
-            device.tune_kernels(
-                recipe.crops[0] == recipe.crops[1]
-            )  # validation may have changed it
+            device.tune_kernels(one_shape)  # validation has set it otherwise
             rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
             for loaded in step_batches:
                 batch = {key: device.send(value) for key, value in loaded.items()}
