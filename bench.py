@@ -174,7 +174,8 @@ def count_flops(work: Callable[[], object]) -> int:
 
 def test(device: Device, plain: bool, with_edges: bool = True) -> dict:
     """Returns the time of a whole image; of the plain way, extrapolated from some tiles."""
-    generator = make_plain(Generator() if with_edges else SRResNet()).to(device.torch_device).eval()
+    network = Generator if with_edges else SRResNet
+    generator = make_plain(network()).to(device.torch_device).eval()
     edge_generator = make_plain(EdgeGenerator()).to(device.torch_device).eval()
     lr = torch.rand(1, 3, TILE, TILE, device=device.torch_device)
 
@@ -187,7 +188,7 @@ def test(device: Device, plain: bool, with_edges: bool = True) -> dict:
     if plain:
         seconds = statistics.median(timed(tile, device) for _ in range(5)) * (SIDE / CELL) ** 2
     else:
-        enlarger = Enlarger(type(generator)(), EdgeGenerator() if with_edges else None, device)
+        enlarger = Enlarger(network(), EdgeGenerator() if with_edges else None, device)
         on_gpu = device.torch_device.type == "cuda"
         enlarger(photograph(SIDE if on_gpu else TILE))  # the same size where kernels are tuned
         image = photograph(SIDE)

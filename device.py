@@ -217,7 +217,7 @@ def choose_precision(
     dtype = named.get(precision, automatic)
     if dtype == torch.float16 and training:
         if not quiet:
-            warn("Training in float32: gradients do not fit float16, and bfloat16 is not here")
+            warn("Training in float32: float16 is too coarse for gradients")
         return torch.float32
     return dtype
 
