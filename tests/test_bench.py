@@ -14,6 +14,8 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "SIDE", 48)
     monkeypatch.setattr(bench, "IMAGES", 1)
     monkeypatch.setattr(bench, "CROP", 16)
+    monkeypatch.setattr(bench, "BATCH", 1)
+    monkeypatch.setattr(bench, "matrix_product", lambda _: 1e9)
 
 
 @pytest.mark.parametrize("stage", bench.STAGES)
