@@ -5,7 +5,8 @@
 Takes the images of TestSet/600px with a partner in TestSet/2400px; slicing makes the former where
 only the latter are there. Prints the mean metrics of bicubic interpolation, of the SRResNet, and
 of the generator before and after adversarial training, each with the edges of the ground truth,
-with predicted edges and with none; then how well edges are predicted.
+with predicted edges and with none, and by how many grey levels they shift each colour; then how
+well edges are predicted.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from dataset import through_jpeg
 from device import open_device, to_tensor
 from images import bicubic, canny, read_image, repeat
 from inference import Enlarger
-from metrics import Metrics, compare, compare_edges, mean_of, print_table
+from metrics import Metrics, color_shift, compare, compare_edges, mean_of, print_table
 from tiles import HR, LR, ROOT, SCALE, TEST, find_images
 
 
@@ -56,7 +57,8 @@ def main() -> None:
             for title, enlarger in {"PreModel": premodel, "SRModel": srmodel}.items():
                 made |= {f"{title}, {kind} edges": enlarger(lr, e) for kind, e in given.items()}
             for title, sr in made.items():
-                images.setdefault(title, []).append(compare(sr, hr, device))
+                metrics = compare(sr, hr, device) | color_shift(sr, hr)
+                images.setdefault(title, []).append(metrics)
             enlarged = repeat(canny(lr), SCALE)
             for title, found in {"edges of LR, enlarged": enlarged, "predicted": predicted}.items():
                 for tolerance in (0, 1):

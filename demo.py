@@ -88,7 +88,7 @@ def rows() -> list[list[Cell]]:
 def caption(title: str, row: dict[str, str], suffix: str = "") -> str:
     """Returns a title with PSNR and SSIM, rounded."""
     psnr, ssim = (float(row[key + suffix]) for key in ("PSNR", "SSIM"))
-    return f"{title}  {psnr:.2f} dB  SSIM {ssim:.3f}"
+    return f"{title}  {psnr:.2f} dB, {ssim:.3f}"
 
 
 if __name__ == "__main__":
