@@ -266,7 +266,8 @@ def upscale(*images: str, options: argparse.Namespace | None = None) -> int:
     seconds = time.monotonic() - start
     if made:
         say(f"{pixels / 1e6:.1f} megapixels, {pixels / 1e6 / seconds:.2f} per second")
-    where = jobs[-1][1].parent if jobs else paths[0]
+    results = [result for _, result in jobs]
+    where = results[0] if len(results) == 1 else results[-1].parent if results else paths[0]
     return report("Upscaled", made, problems + more_problems, start, where)
 
 

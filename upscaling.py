@@ -42,8 +42,9 @@ def find_jobs(paths: list[Path], options: Namespace) -> tuple[list[Job], list[st
     """
     output = options.output
     single = len(paths) == 1 and not paths[0].is_dir()
-    if output and output.suffix and not output.is_dir() and (single or output.suffix in RESULTS):
-        if output.suffix.lower() not in RESULTS:
+    suffix = output.suffix.lower() if output and not output.is_dir() else ""
+    if suffix and (single or suffix in RESULTS):
+        if suffix not in RESULTS:
             raise UserError(f"--output {output}: the suffix is not one of {', '.join(RESULTS)}")
         if not single:
             raise UserError(f"--output {output}: is one file; give a folder for several images")
@@ -73,13 +74,13 @@ def images_in(folder: Path, options: Namespace) -> tuple[list[Path], list[Path]]
     """Returns a folder's images, without earlier results, and its images of foreign formats."""
     files = sorted(folder.rglob("*") if options.recursive else folder.iterdir())
     files = [path for path in files if path.is_file() and not path.name.startswith(".")]
-    stems = {path.with_suffix("") for path in files}
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    stems = {path.with_suffix("") for path in images}
     found = []
-    for path in files:
+    for path in images:
         plain = path.with_name(path.stem.removesuffix(PREVIEW).removesuffix(ENDING))
-        is_result = path.stem != plain.name and plain in stems
-        in_output = options.output and path.is_relative_to(options.output) and path != plain
-        if path.suffix.lower() in SUFFIXES and not is_result and not in_output:
+        in_output = options.output and path.is_relative_to(options.output)
+        if path.stem == plain.name or not (plain in stems or in_output):
             found.append(path)
     return found, [path for path in files if path.suffix.lower() in FOREIGN]
 

@@ -196,6 +196,7 @@ def test_results_are_never_enlarged_again(upscale, tmp_path):
     for _ in range(2):
         upscale(tmp_path, "--output", tmp_path / "large", "--recursive", "--overwrite", "--fast")
         upscale(tmp_path, "--overwrite", "--fast")
+        upscale(tmp_path, "--output", tmp_path, "--overwrite", "--fast")
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == [
         *("a[1].png", "a[1]_x4.png", "a[1]_x4.png")
     ]
@@ -246,3 +247,9 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_work(
         image().save(tmp_path / f"{number}.png")
     status, printed = upscale(tmp_path)
     assert status == 1 and printed.count(f"{tmp_path}: Read-only file system; ") == 1
+
+
+def test_the_last_line_names_a_single_result(upscale, tmp_path):
+    image().save(tmp_path / "a.png")
+    printed = upscale(tmp_path / "a.png", "--fast")[1]
+    assert f" s: {tmp_path / 'a_x4.png'}\n" in printed
