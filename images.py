@@ -394,11 +394,11 @@ def _encode_png(image: np.ndarray, photo: Photo, stamp: str) -> bytes:
     if image.ndim == 3 and image.shape[2] == 2:  # grey and alpha, which OpenCV cannot write
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG", compress_level=1)
-        png = file.getvalue()
+        png = memoryview(file.getvalue())
     else:
         to_bgr = {(3,): cv2.COLOR_RGB2BGR, (4,): cv2.COLOR_RGBA2BGRA}.get(image.shape[2:])
         bgr = image if to_bgr is None else cv2.cvtColor(image, to_bgr)
-        png = cv2.imencode(".png", bgr, FASTEST)[1].tobytes()
+        png = memoryview(cv2.imencode(".png", bgr, FASTEST)[1].ravel())
     chunks = b""
     if photo.icc:
         chunks += _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(photo.icc))
@@ -409,7 +409,7 @@ def _encode_png(image: np.ndarray, photo: Photo, stamp: str) -> bytes:
     if stamp:
         text = stamp.encode("utf-8", "backslashreplace")
         chunks += _chunk(b"iTXt", b"Source\0\0\0\0\0" + text)
-    return png[:PNG_HEADER] + chunks + png[PNG_HEADER:]
+    return b"".join((png[:PNG_HEADER], chunks, png[PNG_HEADER:]))
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
