@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import cv2
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -377,7 +379,7 @@ def load_batches(
         batch_sampler=sampler,
         num_workers=options.workers,
         pin_memory=device.torch_device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=prepare_worker,
     )
     try:
         yield from loader
@@ -385,8 +387,10 @@ def load_batches(
         raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
 
 
-def leave_signals_to_the_parent(_: int) -> None:
-    """Has a process that loads data ignore Ctrl-C, which reaches whole process groups."""
+def prepare_worker(_: int) -> None:
+    """Has a process that loads data keep to one thread, and ignore Ctrl-C, which reaches whole
+    process groups."""
+    cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -419,15 +423,16 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
     Batch norm's statistics are averaged too; spectral norm's vectors are copied.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    for kept, present in zip(ema.parameters(), network.parameters(), strict=True):
-        kept.lerp_(present, 1 - decay)
+    pairs = list(zip(ema.parameters(), network.parameters(), strict=True))
     for averaged, module in zip(ema.modules(), network.modules(), strict=True):
         buffers = zip(averaged.buffers(recurse=False), module.buffers(recurse=False), strict=True)
         for kept, present in buffers:
             if isinstance(module, nn.BatchNorm2d) and kept.is_floating_point():
-                kept.lerp_(present, 1 - decay)
+                pairs.append((kept, present))
             else:
                 kept.copy_(present)
+    average = get_ema_multi_avg_fn(decay)  # of all tensors in a few kernels
+    average(*map(list, zip(*pairs, strict=True)), None)
 
 
 def validate(
