@@ -153,6 +153,7 @@ def timed(work: Callable[[], object], device: Device | None = None) -> float:
 
 def make_plain(network: nn.Module) -> nn.Module:
     """Puts PyTorch's layers in place of those that this repository made for speed."""
+    device = next(network.parameters()).device
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, FewChannelConv):
@@ -162,7 +163,7 @@ def make_plain(network: nn.Module) -> nn.Module:
                 setattr(module, name, nn.InstanceNorm2d(child.num_features))
             elif isinstance(child, PReLU):
                 setattr(module, name, nn.PReLU())
-    return network
+    return network.to(device)
 
 
 def count_flops(work: Callable[[], object]) -> int:

@@ -141,9 +141,6 @@ def open_device(
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
         torch.backends.cudnn.allow_tf32 = False  # SSIM subtracts squares
-        if os.name == "posix" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-            # Crops of many sizes would fragment memory; read when the first tensor is made.
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
         place = torch.device(kind)
     dtype = choose_precision(kind, precision, training, quiet=rank > 0)

@@ -29,6 +29,11 @@ def test_every_stage_is_measured(monkeypatch, stage, plain):
     assert (found["flops"] > 0) is (found["peak"] > 0) is (stage not in ("slicing", "joining"))
 
 
+def test_the_plain_layers_are_where_the_others_were():
+    plain = bench.make_plain(Generator(8, 4).to("meta"))
+    assert {parameter.device.type for parameter in plain.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("network", "inputs"),
     [
