@@ -145,6 +145,8 @@ def open_device(
         place = torch.device(kind)
     dtype = choose_precision(kind, precision, training, quiet=rank > 0)
     keep_freed_memory()
+    if not training:
+        keep_few_kernels()
     if world > 1:
         torch.set_num_threads(threads_per_process())
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -245,6 +247,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 2**26)
+
+
+def keep_few_kernels() -> None:
+    """Has oneDNN keep the code of the last 32 convolutions only, not of 1024 as by default.
+
+    It makes code for every shape it meets, and images of many sizes would fill memory with it.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # read at its first convolution
 
 
 def release_freed_memory() -> None:

@@ -83,6 +83,18 @@ def test_opening_a_gpu(gpu, monkeypatch):
         assert opened.dtype == torch.bfloat16 and opened.free_bytes() == 7
 
 
+@pytest.mark.parametrize(
+    ("training", "given", "found"), [(False, None, "32"), (False, "7", "7"), (True, None, None)]
+)
+def test_few_kernels_are_kept_for_images_of_many_sizes(monkeypatch, training, given, found):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    with device.open_device("cpu", training=training):
+        assert device.os.environ.get(name) == found
+
+
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
