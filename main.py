@@ -267,7 +267,7 @@ def upscale(*images: str, options: argparse.Namespace | None = None) -> int:
     if made:
         say(f"{pixels / 1e6:.1f} megapixels, {pixels / 1e6 / seconds:.2f} per second")
     results = [result for _, result in jobs]
-    where = results[0] if len(results) == 1 else results[-1].parent if results else paths[0]
+    where = results[-1].parent if len(results) > 1 else (results or paths)[0]
     return report("Upscaled", made, problems + more_problems, start, where)
 
 

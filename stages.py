@@ -282,7 +282,7 @@ class PreModel(Stage):
         steps=6_000,
         crops=(24, 24),
         learning_rate=4e-4,
-        trunk_rate=0.1,
+        trunk_rate=0.5,
         betas=(0.9, 0.99),
         schedule=cosine,
         jpeg=0.5,
