@@ -82,7 +82,7 @@ def fit(  # noqa: PLR0912, PLR0915
 
     # Networks, their optimisers, the generator's moving average
     torch.manual_seed(options.seed)
-    if options.resume and device.from_first(files.are_there):  # no matter what it started from
+    if options.resume and device.from_first(files.are_there):  # shapes; the state has the weights
         options = Namespace(**vars(options) | {"init": files.gen})
     stage = stage_class(recipe, options, device)
     networks = stage.networks
@@ -394,8 +394,7 @@ def load_batches(
 
 
 def prepare_worker(_: int) -> None:
-    """Has a process that loads data keep to one thread, and ignore Ctrl-C, which reaches whole
-    process groups."""
+    """Has a process that loads data use one thread, and ignore Ctrl-C, which reaches the group."""
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
@@ -429,16 +428,16 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
     Batch norm's statistics are averaged too; spectral norm's vectors are copied.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    pairs = list(zip(ema.parameters(), network.parameters(), strict=True))
+    all_kept, all_present = list(ema.parameters()), list(network.parameters())
     for averaged, module in zip(ema.modules(), network.modules(), strict=True):
         buffers = zip(averaged.buffers(recurse=False), module.buffers(recurse=False), strict=True)
         for kept, present in buffers:
             if isinstance(module, nn.BatchNorm2d) and kept.is_floating_point():
-                pairs.append((kept, present))
+                all_kept.append(kept)
+                all_present.append(present)
             else:
                 kept.copy_(present)
-    average = get_ema_multi_avg_fn(decay)  # of all tensors in a few kernels
-    average(*map(list, zip(*pairs, strict=True)), None)
+    get_ema_multi_avg_fn(decay)(all_kept, all_present, None)  # in a few kernels
 
 
 def validate(

@@ -88,7 +88,7 @@ def test_opening_a_gpu(gpu, monkeypatch):
 )
 def test_few_kernels_are_kept_for_images_of_many_sizes(monkeypatch, training, given, found):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.setenv(name, given or "")
+    monkeypatch.setenv(name, given or "")  # so that it is put back
     if given is None:
         monkeypatch.delenv(name)
     with device.open_device("cpu", training=training):
