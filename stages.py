@@ -73,6 +73,7 @@ class Recipe:
     trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'; 0 freezes it
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     schedule: Callable[[int, "Recipe"], float] = halving
+    frozen_norms: bool = False  # batch norms of the generator keep their statistics
     color: bool = False  # vary colours, besides flips and quarter turns
     jpeg: float = 0.0  # probability that an LR crop passes through JPEG
     edges: tuple[str, ...] = ("lr", "hr")  # Canny edges the losses need
@@ -101,6 +102,10 @@ class Stage:
     def add(self, key: str, network: nn.Module) -> nn.Module:
         """Makes a network one of the stage's own; returns it."""
         self.networks[key] = self.device.place(network).train()
+        if key == "gen" and self.recipe.frozen_norms:
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return network
 
     def parameter_groups(self, key: str) -> list[dict]:
@@ -393,6 +398,7 @@ class SRModel(PreModel):
         steps=250_000,
         crops=(16, 31),
         accumulate=2,
+        frozen_norms=True,  # crops are recoloured, images are not
         color=True,
         jpeg=0.5,
         true_edges=0.5,
@@ -402,9 +408,6 @@ class SRModel(PreModel):
         super().__init__(recipe, options, device)
         self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
         self.perceptual = device.place(PerceptualLoss(device.from_first(vgg_state, options.vgg)))
-        for module in self.generator.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()  # crops are recoloured, images are not: keep the statistics
 
     def start_generator(self, options: Namespace) -> Generator:
         path = options.init or options.ckpts / "PreModel_gen.pth"
