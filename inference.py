@@ -125,7 +125,6 @@ class Enlarger:
                 lambda part: on_progress(rest * part),
             )
         )
-        release_freed_memory()
         if (lr == lr[..., :1]).all():
             sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)
         return sr
@@ -143,6 +142,8 @@ class Enlarger:
                 return work(self.windows)
             except torch.OutOfMemoryError:
                 self.windows = self.windows.smaller()
+            finally:
+                release_freed_memory()
             torch.cuda.empty_cache()  # not before the error has let its tensors go
 
 
