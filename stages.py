@@ -414,8 +414,6 @@ class SRModel(PreModel):
         try:
             network = load_shared(Generator, path, self.device)
         except WeightError as error:
-            if options.init:
-                raise
             raise WeightError(f"{error}; `python main.py pretrain` makes it") from error
         return network
 

@@ -82,8 +82,6 @@ def fit(  # noqa: PLR0912, PLR0915
 
     # Networks, their optimisers, the generator's moving average
     torch.manual_seed(options.seed)
-    if options.resume and device.from_first(files.are_there):  # shapes; the state has the weights
-        options = Namespace(**vars(options) | {"init": files.gen})
     stage = stage_class(recipe, options, device)
     networks = stage.networks
     ema = copy.deepcopy(networks["gen"]).requires_grad_(False).eval()
@@ -238,10 +236,6 @@ class Files:
         self.gen = ckpts / f"{name}_gen.pth"
         self.best = ckpts / f"{name}_gen_best.pth"
         self.state = ckpts / f"{name}.state.pth"
-
-    def are_there(self) -> bool:
-        """Returns whether there are weights and a state to resume from."""
-        return self.gen.exists() and self.state.exists()
 
     def begin(
         self, resume: bool, settings: dict, accept_changes: bool, following: tuple[str, ...]

@@ -490,14 +490,6 @@ def test_stopped_in_the_first_of_several_stages(folder, options, monkeypatch, tm
     assert_same_training(folder, tmp_path / "alone", SRResNetModel, EdgeStageModel, PreModel)
 
 
-def test_resuming_does_not_need_the_weights_it_started_from(folder, options):
-    only = ["--stage", "PreModel"]
-    command(*options("pretrain", folder, *only, "--steps", 2))
-    (folder / "EdgeStageModel_gen.pth").unlink()
-    command(*options("pretrain", folder, *only, "--steps", 3, "--resume"))
-    assert state(folder, PreModel)["progress"]["step"] == 3
-
-
 def test_later_stages_of_an_earlier_training_are_not_taken_for_those_of_this_one(
     folder, options, monkeypatch, ckpts, tmp_path
 ):
