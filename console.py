@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import ClassVar, TextIO
 from weakref import WeakSet
 
+import cv2
 from tqdm import tqdm
 
 LOG_INTERVAL = 30  # seconds between two states of a bar in a log file
 PARTS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
 
+left_out: list[str] = []  # what `report` named since `plain_errors` began
+
 # What Pillow, NumPy, OpenCV and the file system are known to raise over one bad file.
 FILE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError),
     *(ArithmeticError, AssertionError, BufferError, MemoryError, RuntimeError, SystemError),
-    *(struct.error, zlib.error),
+    *(struct.error, zlib.error, cv2.error),
 )
 REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -36,11 +39,15 @@ REMEDIES = {
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line with the file and the remedy."""
+    """Something the user can fix; the message is one line with the file and the remedy."""
+
+    in_all_processes = True  # of torchrun, so that one of them need say it
 
 
 class StorageError(UserError):
     """Nothing can be written to a folder, which stops the whole run."""
+
+    in_all_processes = False
 
     @classmethod
     def of(cls, error: OSError, folder: Path | str) -> "StorageError | None":
@@ -61,19 +68,24 @@ def plain_errors() -> Iterator[None]:
     """Ends the script with one line on stderr instead of a traceback.
 
     Raises:
-        SystemExit: 1 after a UserError or OSError, 130 after Ctrl-C.
+        SystemExit: 1 after a UserError or OSError, or if something was left out; 130 after Ctrl-C.
     """
+    left_out.clear()
+    in_all_processes = True
     try:
         yield
     except KeyboardInterrupt as interrupt:
         status, message = 130, f"Interrupted. {interrupt}".rstrip()
     except (UserError, OSError) as error:
         status, message = 1, one_line(error)
+        in_all_processes = getattr(error, "in_all_processes", False)
     else:
+        if left_out:
+            raise SystemExit(1)
         return
     for bar in list(Bar.bars):
         bar.close()
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun, once on every machine
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not in_all_processes:  # once on every machine
         warn(message)
     raise SystemExit(status)
 
@@ -117,7 +129,7 @@ def _write(text: str, stream: TextIO) -> None:
 
 def report(
     done: str, made: int, problems: list[str], start: float, where: object, present: int = 0
-) -> int:
+) -> None:
     """Prints what a command did, and a warning for each image it had to leave out.
 
     Args:
@@ -125,17 +137,14 @@ def report(
         start: of `time.monotonic()`.
         where: what to look at.
         present: how many results were there already.
-
-    Returns:
-        The exit status: 1 if anything was left out.
     """
+    left_out.extend(problems)
     for problem in problems:
         warn(f"Left out {problem}")
     counts = [f"{done}: {made} image{'s' * (made != 1)}"]
     counts += [f"{present} there already"] if present else []
     counts += [f"{len(problems)} left out"] if problems else []
     say(f"{', '.join(counts)}, in {time.monotonic() - start:.1f} s: {where}")
-    return 1 if problems else 0
 
 
 def in_parallel(
@@ -143,7 +152,6 @@ def in_parallel(
     arguments: Iterable[tuple],
     workers: int,
     title: str,
-    unit: str = "image",
 ) -> tuple[int, list[str]]:
     """Runs `job(*each)` for each of the arguments in threads, with a bar.
 
@@ -161,10 +169,10 @@ def in_parallel(
     """
     done, problems = 0, {}
     arguments = list(arguments)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         numbers = {pool.submit(job, *each): i for i, each in enumerate(arguments)}
         try:
-            with progress(total=len(numbers), desc=title, unit=unit, disable=not numbers) as bar:
+            with progress(total=len(numbers), desc=title, unit="image", disable=not numbers) as bar:
                 for future in as_completed(numbers):
                     number = numbers[future]
                     try:

@@ -22,19 +22,13 @@ from tiles import HR, JOINED, LR, OUTPUT, ROOT, SCALE, TEST
 from upscaling import Cell, draw_sheet, drawn
 
 DEMO = ROOT / "demo"
-PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
-    "astronaut": skimage.data.astronaut,
-    "chelsea": skimage.data.chelsea,
-    "coffee": skimage.data.coffee,
-    "rocket": skimage.data.rocket,
-    "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
-}
-CENTERS = {  # of the details on the sheet: row and column as parts of height and width
-    "astronaut": (0.25, 0.45),
-    "chelsea": (0.40, 0.50),
-    "coffee": (0.45, 0.50),
-    "rocket": (0.45, 0.50),
-    "motorcycle": (0.50, 0.45),
+# How to load each, and the center of its detail on the sheet, as parts of height and width.
+PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
+    "astronaut": (skimage.data.astronaut, (0.25, 0.45)),
+    "chelsea": (skimage.data.chelsea, (0.40, 0.50)),
+    "coffee": (skimage.data.coffee, (0.45, 0.50)),
+    "rocket": (skimage.data.rocket, (0.45, 0.50)),
+    "motorcycle": (lambda: skimage.data.stereo_motorcycle()[0], (0.50, 0.45)),
 }
 
 
@@ -42,7 +36,7 @@ def main() -> None:
     """Runs the scripts one after the other, then draws the sheet."""
     ground_truth = DEMO / TEST / HR
     ground_truth.mkdir(parents=True, exist_ok=True)
-    for name, load in PHOTOGRAPHS.items():
+    for name, (load, _) in PHOTOGRAPHS.items():
         if not (ground_truth / f"{name}.png").exists():
             write_png(ground_truth / f"{name}.png", load())
     run_script("slice_images_w_overlapping.py")
@@ -50,7 +44,7 @@ def main() -> None:
     run_script("join_slice_images.py")
     run_script("main.py", "evaluate")
     sheet = DEMO / "comparison.png"
-    write_png(sheet, draw_sheet(list(rows()), [CENTERS[name] for name in PHOTOGRAPHS]))
+    write_png(sheet, draw_sheet(list(rows()), [center for _, center in PHOTOGRAPHS.values()]))
     say(f"Look at {sheet}")
 
 

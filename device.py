@@ -23,6 +23,8 @@ T = TypeVar("T")
 class DeviceError(UserError):
     """The device, or its memory, does not suit what was asked for."""
 
+    in_all_processes = False
+
 
 class NotFiniteError(DeviceError):
     """A network's output is not a number, as after an overflow."""
@@ -56,7 +58,7 @@ class Device:
         return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     def tune_kernels(self, enabled: bool) -> None:
-        """Has cuDNN time its kernels for every new shape, which pays where shapes repeat."""
+        """Lets cuDNN time its kernels for every new shape, which pays off where shapes repeat."""
         torch.backends.cudnn.benchmark = enabled
 
     def free_bytes(self) -> int | None:
@@ -227,7 +229,7 @@ def threads_per_process() -> int:
     torchrun sets OMP_NUM_THREADS to 1 unless the user has set it: only another value is theirs.
     """
     given = os.environ.get("OMP_NUM_THREADS", "1")
-    return max(1, processor_share()) if given == "1" else int(given)
+    return processor_share() if given == "1" else int(given)
 
 
 def processor_share() -> int:
@@ -236,10 +238,10 @@ def processor_share() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep large blocks for the next tensor, as PyTorch does on GPUs.
+    """Makes glibc keep large blocks for the next tensor, as PyTorch does on GPUs.
 
-    By default it returns them to the system, whose fresh pages cost time. Elsewhere than on Linux
-    nothing happens.
+    By default it returns them to the system, whose fresh pages cost time. Without effect outside
+    Linux.
     """
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -250,7 +252,7 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Has oneDNN cache 32 kernels instead of 1024: it compiles one for every shape of images.
+    """Limits oneDNN's cache to 32 kernels instead of 1024: it compiles one per image shape.
 
     Without effect after a training in the same process: oneDNN reads the number once.
     """

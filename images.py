@@ -1,4 +1,4 @@
-"""Reading and writing images: what people have in, what they had out again, and safe files.
+"""Reading and writing images: any common format in, its metadata kept, files replaced whole.
 
 An image is an `(H, W, 3)` uint8 array, RGB, upright. Slicing, training and `upscale` all see
 the same pixels of a file; what these cannot carry stays in a `Photo` until the result is written.
@@ -45,7 +45,7 @@ JPEG = ("JPEG", 65500, {"quality": 95, "subsampling": 0})
 WEBP = ("WEBP", 16383, {"lossless": True, "quality": 20, "method": 1})  # quality means effort
 TIFF = ("TIFF", 2**31 - 1, {})  # compressed, Pillow cannot write EXIF data of every kind
 # Format, most pixels a side, and options of the files that results can be written to.
-RESULTS = {".png": ("PNG", 2**31 - 1, {}), ".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP}
+RESULTS = {".png": ("PNG", 1_000_000, {}), ".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP}
 RESULTS |= {".tif": TIFF, ".tiff": TIFF}
 
 ORIENTATION, EXIF_IFD, GPS_IFD, INTEROPERABILITY = 0x0112, 0x8769, 0x8825, 0xA005
@@ -67,6 +67,9 @@ TURNS = {
 
 class ImageError(UserError):
     """One file cannot be used; the message names it and the way out."""
+
+
+ONE_IMAGE_ERRORS = (ImageError, OSError, MemoryError, cv2.error)  # the next one may do well
 
 
 @dataclass
@@ -348,7 +351,8 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         raise ImageError(f"{path}: {suffix or 'no suffix'} is not one of {', '.join(RESULTS)}")
     file_format, longest, options = RESULTS[suffix]
     if max(height, width) > longest:
-        raise ImageError(f"{path}: {width}x{height} pixels are too many for {suffix}; take .png")
+        other = ".tif" if file_format == "PNG" else ".png"
+        raise ImageError(f"{path}: {width}x{height} pixels are too many for {suffix}; take {other}")
     photo = replace(photo, exif=_resized_exif(photo.exif, width, height))
     if file_format == "JPEG" and len(photo.exif or b"") > JPEG_SEGMENT:
         notes.append("its EXIF data are too long for JPEG and are left out")

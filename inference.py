@@ -115,36 +115,70 @@ class Enlarger:
         if share:
             edges = self.predict_edges(lr, lambda part: on_progress(share * part))
         rest = 1 - share
-        sr = self._with_windows(
-            lambda windows: render(
-                lr,
-                self.generator,
-                self.device,
-                windows,
-                edges,
-                lambda part: on_progress(rest * part),
-            )
+        sr = self._with_smaller_windows(
+            self._render, lr, edges, lambda part: on_progress(rest * part)
         )
         if (lr == lr[..., :1]).all():
             sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)
         return sr
 
     def predict_edges(self, lr: np.ndarray, on_progress: OnProgress = lambda _: None) -> np.ndarray:
-        """Returns the HR edges of an LR image, `(4H, 4W)` uint8 in [0, 255]."""
-        return self._with_windows(
-            lambda windows: find_edges(lr, self.edge_generator, self.device, windows, on_progress)
-        )
+        """Returns the HR edges of an LR image, `(4H, 4W)` uint8: probability times 255."""
+        return self._with_smaller_windows(self._predict_edges, lr, on_progress)
 
-    def _with_windows(self, work: Callable[[Windows], np.ndarray]) -> np.ndarray:
-        """Returns what `work` makes in windows, smaller ones where memory runs out."""
+    def _with_smaller_windows(
+        self, work: Callable[..., np.ndarray], *arguments: object
+    ) -> np.ndarray:
+        """Returns what `work` makes of its arguments, in smaller windows where memory runs out."""
         while True:
             try:
-                return work(self.windows)
+                return work(*arguments)
             except torch.OutOfMemoryError:
                 self.windows = self.windows.smaller()
             finally:
                 release_freed_memory()
             torch.cuda.empty_cache()  # not before the error has let its tensors go
+
+    @torch.inference_mode()
+    def _predict_edges(self, lr: np.ndarray, on_progress: OnProgress) -> np.ndarray:
+        asked = whole(lr.shape)
+        missing = [(0, max(0, SMALLEST_SIDE - side)) for side in lr.shape[:2]]
+        if any(map(any, missing)):
+            lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
+        area = whole(lr.shape)
+        edges = np.empty(shape_of(scaled(area)), np.uint8)
+        places = list(windows(area, self.windows.edges, EDGE_HALO, lr.shape))
+        self.device.tune_kernels(len(places) > 1)
+        for core, seen in places:
+            around = grow(seen, CANNY_REACH, lr.shape)
+            lr_edges = canny(lr[around])[within(seen, around)]
+            inputs = [self.device.send(to_tensor(each)) for each in (lr[seen], lr_edges)]
+            with self.device.autocast():
+                predicted = self.edge_generator(*inputs)
+            edges[scaled(core)] = to_image(predicted)[scaled(within(core, seen))][..., 0]
+            on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
+        return edges[scaled(asked)]
+
+    @torch.inference_mode()
+    def _render(
+        self, lr: np.ndarray, edges: np.ndarray | None, on_progress: OnProgress
+    ) -> np.ndarray:
+        area = whole(lr.shape)
+        hr = np.empty((*shape_of(scaled(area)), 3), np.uint8)
+        places = list(windows(area, self.windows.trunk, TRUNK_HALO, lr.shape))
+        self.device.tune_kernels(len(places) > 1)
+        for block, seen in places:
+            with self.device.autocast():
+                features = self.generator.trunk(self.device.send(to_tensor(lr[seen])))
+            for core, around in windows(block, self.windows.render, RENDER_HALO, lr.shape):
+                inputs = [features[:, :, *within(around, seen)]]
+                if isinstance(self.generator, Generator):
+                    inputs.append(self.device.send(to_tensor(edges[scaled(around)])))
+                with self.device.autocast():
+                    sr = self.generator.render(*inputs)
+                hr[scaled(core)] = to_image(sr[:, :, *scaled(within(core, around))])
+                on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
+        return hr
 
 
 def for_inference(network: nn.Module, device: Device) -> nn.Module:
@@ -163,78 +197,3 @@ def for_inference(network: nn.Module, device: Device) -> nn.Module:
             elif isinstance(child, nn.PReLU):
                 setattr(module, name, nn.LeakyReLU(child.weight.item(), inplace=True))
     return device.place(copy.requires_grad_(False))
-
-
-@torch.inference_mode()
-def find_edges(
-    lr: np.ndarray,
-    edge_generator: EdgeGenerator,
-    device: Device,
-    sides: Windows,
-    on_progress: OnProgress = lambda _: None,
-) -> np.ndarray:
-    """Returns the HR edges of an LR image.
-
-    Args:
-        lr: `(H, W, 3)` uint8, RGB.
-        edge_generator: of `for_inference`.
-        on_progress: called after every window with the part of the work that it was.
-
-    Returns:
-        `(4H, 4W)` uint8: probability times 255.
-    """
-    asked = whole(lr.shape)
-    missing = [(0, max(0, SMALLEST_SIDE - side)) for side in lr.shape[:2]]
-    if any(map(any, missing)):
-        lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
-    area = whole(lr.shape)
-    edges = np.empty(shape_of(scaled(area)), np.uint8)
-    places = list(windows(area, sides.edges, EDGE_HALO, lr.shape))
-    device.tune_kernels(len(places) > 1)
-    for core, seen in places:
-        around = grow(seen, CANNY_REACH, lr.shape)
-        lr_edges = canny(lr[around])[within(seen, around)]
-        inputs = [device.send(to_tensor(each)) for each in (lr[seen], lr_edges)]
-        with device.autocast():
-            predicted = edge_generator(*inputs)
-        edges[scaled(core)] = to_image(predicted)[scaled(within(core, seen))][..., 0]
-        on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
-    return edges[scaled(asked)]
-
-
-@torch.inference_mode()
-def render(
-    lr: np.ndarray,
-    generator: SRResNet,
-    device: Device,
-    sides: Windows,
-    edges: np.ndarray | None = None,
-    on_progress: OnProgress = lambda _: None,
-) -> np.ndarray:
-    """Returns the HR image of an LR image and its HR edges.
-
-    Args:
-        lr: `(H, W, 3)` uint8, RGB.
-        generator: of `for_inference`.
-        edges: `(4H, 4W)` uint8 for a `Generator`; an `SRResNet` needs none.
-        on_progress: called after every window with the part of the work that it was.
-
-    Returns:
-        `(4H, 4W, 3)` uint8, RGB.
-    """
-    area = whole(lr.shape)
-    hr = np.empty((*shape_of(scaled(area)), 3), np.uint8)
-    places = list(windows(area, sides.trunk, TRUNK_HALO, lr.shape))
-    device.tune_kernels(len(places) > 1)
-    for block, seen in places:
-        with device.autocast():
-            features = generator.trunk(device.send(to_tensor(lr[seen])))
-        for core, around in windows(block, sides.render, RENDER_HALO, lr.shape):
-            inputs = [features[:, :, *within(around, seen)]]
-            if isinstance(generator, Generator):
-                inputs.append(device.send(to_tensor(edges[scaled(around)])))
-            with device.autocast():
-                sr = generator.render(*inputs)
-            hr[scaled(core)] = to_image(sr[:, :, *scaled(within(core, around))])
-            on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
-    return hr

@@ -1,6 +1,6 @@
 """Step 3: joins the HR tiles that `main.py test` wrote into whole images.
 
-    python join_slice_images.py [--root DIR] [--tiles 6] [--pad 8] [--workers N]
+    python join_slice_images.py [--root DIR] [--workers N]
 
 The tiles in TestSet/600px/output move into `output/{id}/`, the joined image is
 `output/final/candidate_{id}.png`. Neighbouring tiles are cross-faded where they overlap. What
@@ -9,7 +9,6 @@ tiles cannot hold (transparency, colour profile, EXIF data) comes from the LR im
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -22,28 +21,23 @@ from tiles import (
     ROOT,
     SCALE,
     TEST,
-    Grid,
     Position,
     check_tiles,
-    even_int,
     find_images,
     find_tiles,
+    grid_of,
     join,
     tile_stamp,
 )
 
-REMEDY = "run `python main.py test` again, with the same --tiles and --pad"
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Joins all images below `--root`; returns 1 if any had to be left out, else 0."""
+def main(argv: list[str] | None = None) -> None:
+    """Joins all images below `--root`; exits with 1 if any had to be left out."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--root", type=existing_folder, default=ROOT, help="folder of TestSet/")
-    add("--tiles", type=positive_int, default=6, help="as the images were sliced")
-    add("--pad", type=even_int, default=8, help="as the images were sliced")
     add("--workers", type=positive_int, default=os.cpu_count(), help="threads")
     options = parser.parse_args(argv)
 
@@ -56,17 +50,12 @@ def main(argv: list[str] | None = None) -> int:
             left_out.append(f"{tile}: belongs to no image in {folder}; remove its tiles")
         if not images and not left_out:
             raise UserError(f"{folder}: no images; put some there, then slice and test them")
-        jobs = [
-            (path, name, folder / OUTPUT, fresh.get(name, {}), options.tiles, options.pad)
-            for name, path in images.items()
-        ]
+        jobs = [(path, name, folder / OUTPUT, fresh.get(name, {})) for name, path in images.items()]
         done, problems = in_parallel(join_image, jobs, options.workers, "Joining")
-        return report("Joined", done, left_out + problems, start, folder / OUTPUT / JOINED)
+        report("Joined", done, left_out + problems, start, folder / OUTPUT / JOINED)
 
 
-def join_image(
-    lr_path: Path, name: str, output: Path, fresh: dict[Position, Path], tiles: int, pad: int
-) -> list[str]:
+def join_image(lr_path: Path, name: str, output: Path, fresh: dict[Position, Path]) -> list[str]:
     """Joins one image from its tiles, the fresh ones first, then those moved earlier.
 
     Returns:
@@ -75,10 +64,10 @@ def join_image(
     Raises:
         ImageError: the tiles are incomplete, or not all made from the image as it is now.
     """
-    grid = Grid.of(lr_path, tiles, pad)
     moved = output / name
     found = find_tiles(moved).get(name, {}) | fresh
-    stamp = check_tiles(name, found, grid, tile_stamp(lr_path, grid), REMEDY, SCALE)
+    grid, remedy = grid_of(lr_path, found), "run `python main.py test` again"
+    stamp = check_tiles(name, found, grid, tile_stamp(lr_path, grid), remedy, SCALE)
     sr = join({at: read_image(path) for at, path in found.items()}, grid, SCALE)
     (output / JOINED).mkdir(parents=True, exist_ok=True)
     notes = write_image(output / JOINED / f"candidate_{name}.png", sr, read_photo(lr_path), stamp)
@@ -89,4 +78,4 @@ def join_image(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -96,8 +96,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
-        with torch.device("meta"):
-            self.features = torchvision.models.vgg19().features[:12]
+        self.features = vgg_features()
         self.features.load_state_dict(state, assign=True)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -111,6 +110,12 @@ class PerceptualLoss(nn.Module):
 
     def _features(self, image: Tensor) -> Tensor:
         return self.features((image - self.mean) / self.std)
+
+
+def vgg_features() -> nn.Sequential:
+    """Returns VGG19's layers up to relu3_1, without weights."""
+    with torch.device("meta"):
+        return torchvision.models.vgg19().features[:12]
 
 
 def vgg_state(weights: Path | None) -> dict[str, Tensor]:
@@ -127,24 +132,18 @@ def vgg_state(weights: Path | None) -> dict[str, Tensor]:
         published = torchvision.models.VGG19_Weights.IMAGENET1K_V1
         try:
             state = published.get_state_dict(check_hash=True, weights_only=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter: an incomplete file
             raise WeightError(
                 f"{published.url}: cannot be downloaded ({error}); give the file with --vgg"
             ) from error
     else:
         state = load_file(weights)
-    numbers = (0, 2, 5, 7, 10)
-    wanted = [f"features.{number}.{kind}" for number in numbers for kind in ("weight", "bias")]
-    with torch.device("meta"):
-        shapes = {
-            key: value.shape for key, value in torchvision.models.vgg19().state_dict().items()
-        }
-    for key in wanted:
-        value = state.get(key)
-        if (
-            not isinstance(value, Tensor)
-            or value.shape != shapes[key]
-            or not value.isfinite().all()
-        ):
-            raise WeightError(f"{weights}: lacks VGG19's {key}; give torchvision's vgg19 file")
-    return {key.removeprefix("features."): state[key] for key in wanted}
+    wanted = vgg_features().state_dict()
+    found = {key: state.get(f"features.{key}") for key in wanted}
+    for key, value in found.items():
+        fits = isinstance(value, Tensor) and value.shape == wanted[key].shape
+        if not (fits and value.isfinite().all()):
+            raise WeightError(
+                f"{weights}: lacks VGG19's features.{key}; give torchvision's vgg19 file"
+            )
+    return found

@@ -11,10 +11,10 @@ Commands: train_edges, pretrain, train, test, edges, evaluate, upscale.
 import argparse
 import csv
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,18 @@ from console import (
     seed,
 )
 from device import Device, open_device, processor_share
-from images import ImageError, image_size, read_image, read_stamp, replacing, write_png
+from images import (
+    ONE_IMAGE_ERRORS,
+    ImageError,
+    image_size,
+    read_image,
+    read_stamp,
+    replacing,
+    write_png,
+)
 from inference import Enlarger
 from metrics import Metrics, against_bicubic, mean_of, print_table
-from models import EdgeGenerator, load_network
+from models import EdgeGenerator, WeightError, load_network
 from stages import (
     EdgeModel,
     EdgePreModel,
@@ -47,6 +55,7 @@ from stages import (
     SRModel,
     SRResNetModel,
     Stage,
+    weight_path,
 )
 from tiles import (
     HR,
@@ -55,6 +64,7 @@ from tiles import (
     OUTPUT,
     ROOT,
     SCALE,
+    SLICE_AGAIN,
     TEST,
     TILES,
     Grid,
@@ -62,9 +72,9 @@ from tiles import (
     check_made_lr,
     check_tiles,
     cut_tile,
-    even_int,
     find_images,
     find_tiles,
+    grid_of,
     join,
     source_stamp,
     tile_name,
@@ -74,7 +84,11 @@ from training import fit
 from upscaling import find_jobs, read_edges, upscale_all
 
 EDGES = "edges"  # folder of the predicted edges, in OUTPUT
-STAGES = (EdgePreModel, EdgeModel, SRResNetModel, EdgeStageModel, PreModel, SRModel)
+STAGES = {  # of each command that trains
+    "train_edges": (EdgePreModel, EdgeModel),
+    "pretrain": (SRResNetModel, EdgeStageModel, PreModel),
+    "train": (SRModel,),
+}
 
 
 # Training -------------------------------------------------------------------------------------
@@ -82,44 +96,57 @@ STAGES = (EdgePreModel, EdgeModel, SRResNetModel, EdgeStageModel, PreModel, SRMo
 
 def train_edges(options: argparse.Namespace | None = None) -> None:
     """Trains the edge generator: on pixels, then against its discriminator."""
-    train_stages([EdgePreModel, EdgeModel], options)
+    train_stages("train_edges", options)
 
 
 def pretrain(options: argparse.Namespace | None = None) -> None:
     """Trains the HR generator on squared error: without edges, the edge stage alone, the whole."""
-    train_stages([SRResNetModel, EdgeStageModel, PreModel], options)
+    train_stages("pretrain", options)
 
 
 def train(options: argparse.Namespace | None = None) -> None:
     """Trains the HR generator with all of its losses against its discriminator."""
-    train_stages([SRModel], options)
+    train_stages("train", options)
 
 
-def train_stages(stages: list[type[Stage]], options: argparse.Namespace | None) -> None:
-    """Trains stages, each from the weights of the one before; the first may have `--init`."""
+def train_stages(command: str, options: argparse.Namespace | None) -> None:
+    """Trains a command's stages, each from the one before; the first may have `--init`."""
     options = options or parse_options()
-    if options.stage:
-        names = [stage.name for stage in stages]
-        if options.stage not in names:
-            raise UserError(f"--stage {options.stage}: this command trains {', '.join(names)}")
+    names = [stage.name for stage in STAGES[command]]
+    if options.stage and options.stage not in names:
+        raise UserError(f"--stage {options.stage}: this command trains {', '.join(names)}")
+    stages = [stage for stage in STAGES[command] if options.stage in (None, stage.name)]
     with open_device(options.device, options.precision, training=True) as device:
-        for number, stage in enumerate(stages, start=1):
-            if options.stage in (None, stage.name):
-                fit(stage, options, device, following=tuple(each.name for each in stages[number:]))
-                options = argparse.Namespace(**vars(options) | {"init": None})
+        device.from_first(check_weights, stages, options)
+        for stage in stages:
+            following = names[names.index(stage.name) + 1 :]
+            fit(stage, options, device, tuple(following))
+            options = argparse.Namespace(**vars(options) | {"init": None})
+
+
+def check_weights(stages: list[type[Stage]], options: argparse.Namespace) -> None:
+    """Raises WeightError, before the first stage, if one lacks weights that none of them trains."""
+    there = {""}
+    for stage in stages:
+        start = "" if options.init and stage is stages[0] else stage.starts_from
+        for name in {start, *stage.needs} - there:
+            if not weight_path(options, name).exists():
+                command = next(c for c in STAGES if name in [stage.name for stage in STAGES[c]])
+                raise WeightError(
+                    f"{weight_path(options, name)}: missing, but {stage.name} needs it;"
+                    f" `python main.py {command}` trains it"
+                )
+        there.add(stage.name)
 
 
 # Testing --------------------------------------------------------------------------------------
 
 
-def test(options: argparse.Namespace | None = None) -> int:
+def test(options: argparse.Namespace | None = None) -> None:
     """Makes HR tiles in TestSet/600px/output from the LR tiles in TestSet/600px/croppedoverl.
 
     The networks see the whole image, put together from its tiles, in windows of their own.
     Images whose HR tiles are there already, from the same LR tiles and weights, are left.
-
-    Returns:
-        The exit status, as all commands below: 1 if an image had to be left out.
     """
     options = options or parse_options()
     start, folder = time.monotonic(), options.root / TEST / LR
@@ -132,8 +159,8 @@ def test(options: argparse.Namespace | None = None) -> int:
     tiles, output = find_tiles(folder / TILES), find_tiles(folder / OUTPUT)
     (folder / OUTPUT).mkdir(exist_ok=True)
     with open_device(options.device, options.precision) as device, ThreadPoolExecutor(1) as writer:
-        enlarger = Enlarger.load(generator_path(options), edge_path(options), device)
-        weights = digest(generator_path(options), edge_path(options), device)
+        enlarger = Enlarger.load(*weight_paths(options), device)
+        weights = digest(*weight_paths(options), device)
         names = list(images)[device.rank :: device.world]
         problems = problems if device.rank == 0 else []
         made, present = 0, 0
@@ -144,9 +171,11 @@ def test(options: argparse.Namespace | None = None) -> int:
                 try:
                     if name in hr_images:
                         check_made_lr(images[name], hr_images[name])
-                    grid = Grid.of(images[name], options.tiles, options.pad)
+                    lr_tiles = tiles.get(name, {})
+                    grid = grid_of(images[name], lr_tiles)
                     lr_stamp = tile_stamp(images[name], grid)
-                    lr = join_lr(name, tiles.get(name, {}), grid, lr_stamp)
+                    check_tiles(name, lr_tiles, grid, lr_stamp, SLICE_AGAIN)
+                    lr = join({at: read_image(path) for at, path in lr_tiles.items()}, grid)
                     given = given_edges(options.edges, name, lr)
                     hr_stamp = f"{lr_stamp} | {weights}" + edges_stamp(options.edges, name)
                     moved = find_tiles(folder / OUTPUT / name).get(name, {})  # by the joining
@@ -154,8 +183,8 @@ def test(options: argparse.Namespace | None = None) -> int:
                     if is_made(name, moved | fresh, grid, lr_stamp, hr_stamp):
                         present += 1
                         continue
-                    hr = enlarger(lr, given, lambda n: bar.update(min(n, bar.total - bar.n)))
-                except (ImageError, OSError, MemoryError) as error:
+                    hr = enlarger(lr, given, bar.update)
+                except ONE_IMAGE_ERRORS as error:
                     problems.append(problem(images[name], error))
                     continue
                 written.result()  # no more than one image waits to be written
@@ -166,16 +195,8 @@ def test(options: argparse.Namespace | None = None) -> int:
         written.result()
         problems = device.gather(problems)
         made, present = (sum(device.gather([each])) for each in (made, present))
-        if device.rank:
-            return 0
-    return report("Tested", made, problems, start, folder / OUTPUT, present)
-
-
-def join_lr(name: str, tiles: dict[Position, Path], grid: Grid, stamp: str) -> np.ndarray:
-    """Returns the LR image that its tiles hold, which must have been cut from it as it is now."""
-    remedy = "run `python slice_images_w_overlapping.py` again, with the same --tiles and --pad"
-    check_tiles(name, tiles, grid, stamp, remedy)
-    return join({at: read_image(path) for at, path in tiles.items()}, grid)
+    if device.rank == 0:
+        report("Tested", made, problems, start, folder / OUTPUT, present)
 
 
 def is_made(
@@ -217,7 +238,7 @@ def edges_stamp(folder: Path | None, name: str) -> str:
     return f" edges {source_stamp(folder / f'{name}.png')}" if folder else ""
 
 
-def edges(options: argparse.Namespace | None = None) -> int:
+def edges(options: argparse.Namespace | None = None) -> None:
     """Writes the predicted HR edges of the test images to TestSet/600px/output/edges/{id}.png.
 
     Edit them, or draw others, grey, white on black, and give their folder to `test --edges`. Those
@@ -232,7 +253,9 @@ def edges(options: argparse.Namespace | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     made, present = 0, 0
     with open_device(options.device, options.precision) as device:
-        enlarger = Enlarger(None, load_network(edge_path(options), EdgeGenerator), device)
+        enlarger = Enlarger(
+            None, load_network(weight_path(options, "EdgeModel"), EdgeGenerator), device
+        )
         for name, path in progress(images.items(), "Predicting edges", unit="image"):
             if (output / f"{name}.png").exists():
                 present += 1
@@ -240,43 +263,42 @@ def edges(options: argparse.Namespace | None = None) -> int:
             try:
                 predicted = enlarger.predict_edges(read_image(path))
                 write_png(output / f"{name}.png", np.stack([predicted] * 3, axis=2))
-            except (ImageError, OSError, MemoryError) as error:
+            except ONE_IMAGE_ERRORS as error:
                 problems.append(problem(path, error))
                 continue
             made += 1
-    return report("Edges predicted", made, problems, start, output, present)
+    report("Edges predicted", made, problems, start, output, present)
 
 
-def upscale(*images: str, options: argparse.Namespace | None = None) -> int:
+def upscale(*images: str, options: argparse.Namespace | None = None) -> None:
     """Enlarges images, or all images of folders, where they lie: NAME_x4.png beside each."""
     options = options or parse_options()
     paths = [Path(image) for image in images or options.images]
     if not paths:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
-    if options.fast and (options.edges or options.ckpt):
-        raise UserError(
-            "upscale: --fast is the SRResNet, without edges; leave out one or the other"
-        )
     start = time.monotonic()
     jobs, problems = find_jobs(paths, options)
     with open_device(options.device, options.precision) as device:
-        generator = options.ckpts / "SRResNet_gen.pth" if options.fast else generator_path(options)
-        enlarger = Enlarger.load(generator, edge_path(options), device)
-        made, pixels, more_problems = upscale_all(jobs, enlarger, options)
+        enlarger = Enlarger.load(*weight_paths(options), device)
+        made, present, pixels, more_problems = upscale_all(jobs, enlarger, options)
     seconds = time.monotonic() - start
     if made:
         say(f"{pixels / 1e6:.1f} megapixels, {pixels / 1e6 / seconds:.2f} per second")
     results = [result for _, result in jobs]
     where = results[-1].parent if len(results) > 1 else (results or paths)[0]
-    return report("Upscaled", made, problems + more_problems, start, where)
+    report("Upscaled", made, problems + more_problems, start, where, present)
 
 
-def generator_path(options: argparse.Namespace) -> Path:
-    return options.ckpt or options.ckpts / "SRModel_gen.pth"
+def weight_paths(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Returns the weight files of the generator to make images with and of the edge generator.
 
-
-def edge_path(options: argparse.Namespace) -> Path:
-    return options.ckpts / "EdgeModel_gen.pth"
+    Raises:
+        UserError: the options contradict each other.
+    """
+    if options.fast and (options.edges or options.generator):
+        raise UserError("--fast is the SRResNet, without edges; leave out one or the other")
+    generator = weight_path(options, "SRResNet" if options.fast else "SRModel")
+    return options.generator or generator, weight_path(options, "EdgeModel")
 
 
 def digest(generator: Path, edge_generator: Path, device: Device) -> str:
@@ -288,7 +310,7 @@ def digest(generator: Path, edge_generator: Path, device: Device) -> str:
 # Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(options: argparse.Namespace | None = None) -> int:
+def evaluate(options: argparse.Namespace | None = None) -> None:
     """Compares the joined images, and bicubic ones, with the ground truth in TestSet/2400px.
 
     Prints a table and writes it to TestSet/600px/output/final/metrics.csv.
@@ -312,7 +334,7 @@ def evaluate(options: argparse.Namespace | None = None) -> int:
                     raise ImageError(f"{name}: has new tiles; run `python join_slice_images.py`")
                 paths = lr[name], hr[name], joined.get(f"candidate_{name}")
                 table[name] = against_bicubic(*read_triple(*paths), device)
-            except (ImageError, OSError, MemoryError) as error:
+            except ONE_IMAGE_ERRORS as error:
                 problems.append(problem(lr[name], error))
     path = folder / OUTPUT / JOINED / "metrics.csv"
     if table:
@@ -325,7 +347,7 @@ def evaluate(options: argparse.Namespace | None = None) -> int:
             writer.writeheader()
             writer.writerows({"image": name, **row} for name, row in rows)
         print_table(rows)
-    return report("Evaluated", len(table), problems, start, path)
+    report("Evaluated", len(table), problems, start, path)
 
 
 def read_triple(lr: Path, hr: Path, sr: Path | None) -> list[np.ndarray]:
@@ -356,7 +378,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the options of a command line, this process's own by default."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=recipe_table(), formatter_class=Formatter
+        description=__doc__.splitlines()[0],
+        epilog=recipe_table(),
+        formatter_class=Formatter,
+        allow_abbrev=False,
     )
     parser.add_argument("command", nargs="?", choices=COMMANDS, help="what to run")
     parser.add_argument("images", nargs="*", help="images and folders, for upscale")
@@ -369,8 +394,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", default="auto", choices=precisions, help="number format of the networks")
 
     training = parser.add_argument_group("train_edges, pretrain, train")
-    add = training.add_argument
-    add("--stage", choices=[s.name for s in STAGES], help="the only stage to train; None: all")
+    add, stages = training.add_argument, [stage.name for stage in all_stages()]
+    add("--stage", choices=stages, help="the only stage to train; None: all")
     add("--resume", action="store_true", help="continuation of the last training")
     add("--accept-changes", action="store_true", help="with --resume: another recipe or data set")
     add("--init", type=Path, help="weight file that a new training starts from")
@@ -386,27 +411,30 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vgg", type=Path, help="file of VGG19's weights; None: download")
     add("--runs", type=Path, default=ROOT / "runs", help="folder of TensorBoard's files")
     workers = min(8, processor_share())
-    add("--workers", type=non_negative_int, default=workers, help="processes that load data")
+    add("--workers", type=non_negative_int, default=workers, help="data-loading processes")
     add("--seed", type=seed, default=0, help="seed of everything random")
 
-    add = parser.add_argument_group("test, edges, upscale").add_argument
-    add("--ckpt", type=Path, help="generator to use; None: SRModel_gen.pth in --ckpts")
+    add = parser.add_argument_group("test, upscale").add_argument
+    add("--generator", type=Path, help="weight file; None: SRModel_gen.pth in --ckpts")
     add(
         "--edges", type=Path, help="test: folder of HR edges {id}.png; upscale: file; None: predict"
     )
-    add("--tiles", type=positive_int, default=6, help="tiles per row, as the images were sliced")
-    add("--pad", type=even_int, default=8, help="shared LR pixels, as the images were sliced")
+    add("--fast", action="store_true", help="the SRResNet, without edges")
 
     add = parser.add_argument_group("upscale").add_argument
     add("--output", type=Path, help="file or folder of the results; None: beside the images")
     add("--recursive", action="store_true", help="sub-folders too")
-    add("--overwrite", action="store_true", help="existing results too")
-    add("--fast", action="store_true", help="the SRResNet, without edges")
+    add("--overwrite", action="store_true", help="replaces existing results")
     add("--preview", action="store_true", help="comparison sheet beside each result")
     options = parser.parse_intermixed_args(argv)  # `upscale --fast IMAGE` too
     if options.images and options.command != "upscale":
         parser.error(f"{options.images[0]}: only upscale takes images")
     return options
+
+
+def all_stages() -> list[type[Stage]]:
+    """Returns the stages of all commands, in the order of training."""
+    return list(chain(*STAGES.values()))
 
 
 def crop_side(text: str) -> int:
@@ -420,7 +448,7 @@ def crop_side(text: str) -> int:
 def recipe_table() -> str:
     """Returns the recipes of all stages, a line each."""
     rows = [("stage", "steps", "batch", "crops", "rate", "jpeg")]
-    for stage in STAGES:
+    for stage in all_stages():
         r = stage.recipe
         batch = f"{r.batch_size} x {r.accumulate}"
         crops = "-".join(map(str, sorted(set(r.crops))))
@@ -432,10 +460,8 @@ def recipe_table() -> str:
 if __name__ == "__main__":
     with plain_errors():
         options = parse_options()
-        if options.command == "upscale":
-            sys.exit(upscale(options=options))
-        elif options.command:
-            sys.exit(COMMANDS[options.command](options))
+        if options.command:
+            COMMANDS[options.command](options=options)
         else:
             # train_edges()
             # pretrain()

@@ -85,7 +85,7 @@ def compare(sr: np.ndarray, hr: np.ndarray, device: Device) -> Metrics:
     pixels; and the original's, L1 and SSIM, both of RGB in [-1, 1].
 
     Args:
-        sr, hr: `(H, W, 3)` uint8, RGB; rows and columns that `hr` has too many are left out.
+        sr, hr: `(H, W, 3)` uint8, RGB; surplus rows and columns of `hr` are ignored.
     """
     hr = hr[: sr.shape[0], : sr.shape[1]]
     inner = [each[SCALE:-SCALE, SCALE:-SCALE] for each in (sr, hr)]

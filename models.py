@@ -297,7 +297,7 @@ class Generator(SRResNet):
 
 
 class Discriminator(nn.Module):
-    """Tells true HR images from generated ones; of any size.
+    """Tells real HR images from generated ones, of any size.
 
     Args:
         width: channels of the first convolution.
@@ -314,7 +314,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 1, padding=1))
 
     def forward(self, hr: Tensor) -> Tensor:
-        """Returns the (N,) probability of being true, in [0, 1], float32."""
+        """Returns the (N,) probability of being real, in [0, 1], float32."""
         return torch.sigmoid(self.layers(2 * hr - 1).float().mean(dim=(1, 2, 3)))
 
 

@@ -9,7 +9,6 @@ bicubic, antialiased, a quarter of its size. What is cut already is left as it i
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from tiles import (
     Grid,
     Position,
     cut_tile,
-    even_int,
     find_images,
     find_tiles,
     source_stamp,
@@ -44,8 +42,8 @@ from tiles import (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Slices all images below `--root`; returns 1 if any had to be left out, else 0."""
+def main(argv: list[str] | None = None) -> None:
+    """Slices all images below `--root`; exits with 1 if any had to be left out."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -75,7 +73,14 @@ def main(argv: list[str] | None = None) -> int:
                 f"{options.root}: no images; put those to enlarge into {TEST}/{LR},"
                 f" those to train on into {TRAINING}/{HR}"
             )
-        return report("Sliced", count, left_out, start, " and ".join(folders) or "no tiles")
+        report("Sliced", count, left_out, start, " and ".join(folders) or "no tiles")
+
+
+def even_int(text: str) -> int:
+    """Parses an option that is an even number of at least 0."""
+    if not text.isdecimal() or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an even number of 0 or more")
+    return int(text)
 
 
 def find_pairs(folder: Path) -> tuple[dict[str, tuple[Path, Path | None]], list[str]]:
@@ -187,4 +192,4 @@ def slice_image(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

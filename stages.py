@@ -40,7 +40,6 @@ from models import (
     EdgeGenerator,
     Generator,
     SRResNet,
-    WeightError,
     build_network,
     load_state,
 )
@@ -85,6 +84,8 @@ class Stage:
 
     recipe: Recipe
     name: ClassVar[str]  # of the files
+    starts_from: ClassVar[str] = ""  # stage whose weights it starts from unless `--init` is given
+    needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
     best_by: ClassVar[str]  # the validation metric to maximise
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
@@ -98,6 +99,16 @@ class Stage:
         """
         self.recipe, self.device = recipe, device
         self.networks: dict[str, nn.Module] = {}
+
+    def load(self, path: Path, *kinds: type[nn.Module]) -> nn.Module:
+        """Returns the network in a weight file, which the first process reads for all."""
+        return build_network(self.device.from_first(load_state, path), path, *kinds)
+
+    def start(self, options: Namespace, *kinds: type[nn.Module]) -> nn.Module:
+        """Returns the generator that training starts from, a new one where there is none."""
+        if options.init or self.starts_from:
+            return self.load(options.init or weight_path(options, self.starts_from), *kinds)
+        return kinds[0]()
 
     def add(self, key: str, network: nn.Module) -> nn.Module:
         """Makes a network one of the stage's own; returns it."""
@@ -120,7 +131,11 @@ class Stage:
         """
         raise NotImplementedError
 
-    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+    def enlarger(self, network: nn.Module) -> Enlarger:
+        """Returns what makes whole images with a generator, to validate it."""
+        raise NotImplementedError
+
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns a generator's metrics for one LR and HR image, uint8."""
         raise NotImplementedError
 
@@ -133,9 +148,9 @@ class Stage:
         raise NotImplementedError
 
 
-def load_shared(kind: type[nn.Module], path: Path, device: Device) -> nn.Module:
-    """Returns the network in a weight file, which the first process reads for all."""
-    return build_network(device.from_first(load_state, path), path, kind)
+def weight_path(options: Namespace, name: str) -> Path:
+    """Returns where the weights of a stage's generator are."""
+    return options.ckpts / f"{name}_gen.pth"
 
 
 def nearest(lr: Tensor) -> Tensor:
@@ -170,13 +185,7 @@ class EdgePreModel(Stage):
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
-        path = self.start_path(options)
-        generator = load_shared(EdgeGenerator, path, device) if path else EdgeGenerator()
-        self.generator = self.add("gen", generator)
-
-    def start_path(self, options: Namespace) -> Path | None:
-        """Returns the weight file the generator starts from, if any."""
-        return options.init
+        self.generator = self.add("gen", self.start(options, EdgeGenerator))
 
     def predict(self, network: nn.Module, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]."""
@@ -193,9 +202,11 @@ class EdgePreModel(Stage):
         precision, recall = precision_recall(edges, batch["hr_edges"])
         return {"edges/precision": precision, "edges/recall": recall}
 
-    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        edges = Enlarger(None, network, self.device).predict_edges(lr)
-        return compare_edges(edges, canny(hr), self.device)
+    def enlarger(self, network: nn.Module) -> Enlarger:
+        return Enlarger(None, network, self.device)
+
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return compare_edges(enlarger.predict_edges(lr), canny(hr), self.device)
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics to beat: those of the LR image's own edges, enlarged."""
@@ -210,15 +221,13 @@ class EdgeModel(EdgePreModel):
     """The edge generator against its discriminator, as Edge-Informed SISR trains it."""
 
     name = "EdgeModel"
+    starts_from = "EdgePreModel"
     recipe = Recipe(steps=20_000, crops=(64, 64), betas=(0.0, 0.9), jpeg=0.5)
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
         width = self.generator.arguments["width"]
         self.discriminator = self.add("dis", EdgeDiscriminator(width))
-
-    def start_path(self, options: Namespace) -> Path:
-        return options.init or options.ckpts / "EdgePreModel_gen.pth"
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr, hr_edges = batch["hr"], batch["hr_edges"]
@@ -259,16 +268,18 @@ class SRResNetModel(Stage):
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
-        network = load_shared(SRResNet, options.init, device) if options.init else SRResNet()
-        self.generator = self.add("gen", network)
+        self.generator = self.add("gen", self.start(options, SRResNet))
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         with self.device.autocast():
             sr = self.generator(batch["lr"])
         return {"gen": {"mse": squared_error(sr, batch["hr"])}}, {}
 
-    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return compare(Enlarger(network, None, self.device)(lr), hr, self.device)
+    def enlarger(self, network: nn.Module) -> Enlarger:
+        return Enlarger(network, None, self.device)
+
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return compare(enlarger(lr), hr, self.device)
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         with self.device.autocast():
@@ -283,6 +294,8 @@ class PreModel(Stage):
     """
 
     name = "PreModel"
+    starts_from = "EdgeStageModel"
+    needs = ("EdgeModel",)
     recipe = Recipe(
         steps=6_000,
         crops=(24, 24),
@@ -297,18 +310,12 @@ class PreModel(Stage):
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
-        self.generator = self.add("gen", self.start_generator(options))
+        self.generator = self.add("gen", self.start(options, Generator))
         if self.recipe.trunk_rate == 0:
             for module in self.trunk():
                 module.requires_grad_(False).eval()
-        path = options.ckpts / "EdgeModel_gen.pth"
-        self.edge_generator = load_shared(EdgeGenerator, path, device)
+        self.edge_generator = self.load(weight_path(options, "EdgeModel"), EdgeGenerator)
         self.edge_predictor = for_inference(self.edge_generator, device)
-
-    def start_generator(self, options: Namespace) -> Generator:
-        """Returns the generator that training starts from."""
-        path = options.init or options.ckpts / "EdgeStageModel_gen.pth"
-        return load_shared(Generator, path, self.device)
 
     def trunk(self) -> list[nn.Module]:
         """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
@@ -329,12 +336,12 @@ class PreModel(Stage):
     @torch.no_grad()
     def hr_edges(self, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
-        true = round(self.recipe.true_edges * len(batch["lr"]))
-        known = batch["hr_edges"][:true]
-        if true == len(batch["lr"]):
+        count = round(self.recipe.true_edges * len(batch["lr"]))
+        known = batch["hr_edges"][:count]
+        if count == len(batch["lr"]):
             return known
         with self.device.autocast():
-            predicted = self.edge_predictor(batch["lr"][true:], batch["lr_edges"][true:])
+            predicted = self.edge_predictor(batch["lr"][count:], batch["lr_edges"][count:])
         return torch.cat([known, predicted])
 
     def generate(self, network: nn.Module, batch: Batch, hr_edges: Tensor) -> Tensor:
@@ -346,8 +353,10 @@ class PreModel(Stage):
         sr = self.generate(self.generator, batch, self.hr_edges(batch))
         return {"gen": {"mse": squared_error(sr, batch["hr"])}}, {}
 
-    def validate(self, network: nn.Module, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        enlarger = Enlarger(network, self.edge_generator, self.device)
+    def enlarger(self, network: nn.Module) -> Enlarger:
+        return Enlarger(network, self.edge_generator, self.device)
+
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         height, width = (SCALE * side for side in lr.shape[:2])
         with_true = compare(enlarger(lr, canny(hr[:height, :width])), hr, self.device)
         if self.recipe.true_edges == 1:
@@ -374,6 +383,7 @@ class EdgeStageModel(PreModel):
     """Before `PreModel`: the edge stage alone, on ground-truth edges, the trained trunk frozen."""
 
     name = "EdgeStageModel"
+    starts_from = "SRResNet"
     recipe = Recipe(
         steps=2_000,
         crops=(24, 24),
@@ -384,9 +394,8 @@ class EdgeStageModel(PreModel):
         true_edges=1.0,
     )
 
-    def start_generator(self, options: Namespace) -> Generator:
-        path = options.init or options.ckpts / "SRResNet_gen.pth"
-        network = build_network(self.device.from_first(load_state, path), path, SRResNet, Generator)
+    def start(self, options: Namespace, *kinds: type[nn.Module]) -> Generator:
+        network = super().start(options, SRResNet, *kinds)
         return network if isinstance(network, Generator) else Generator.from_trunk(network)
 
 
@@ -394,6 +403,7 @@ class SRModel(PreModel):
     """The whole HR generator with all of Edge.SRGAN's losses, against its discriminator."""
 
     name = "SRModel"
+    starts_from = "PreModel"
     recipe = Recipe(
         steps=250_000,
         crops=(16, 31),
@@ -408,14 +418,6 @@ class SRModel(PreModel):
         super().__init__(recipe, options, device)
         self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
         self.perceptual = device.place(PerceptualLoss(device.from_first(vgg_state, options.vgg)))
-
-    def start_generator(self, options: Namespace) -> Generator:
-        path = options.init or options.ckpts / "PreModel_gen.pth"
-        try:
-            network = load_shared(Generator, path, self.device)
-        except WeightError as error:
-            raise WeightError(f"{error}; `python main.py pretrain` makes it") from error
-        return network
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]

@@ -5,7 +5,6 @@ belong to what. It needs no torch. Images are `(H, W, 3)` uint8, RGB; LR is the 
 enlarge, HR the one `SCALE` times its size.
 """
 
-import argparse
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ LR, HR, TILES, OUTPUT, JOINED = "600px", "2400px", "croppedoverl", "output", "fi
 FOREIGN = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg"} - SUFFIXES
 FOREIGN |= {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}  # raw
 MADE = "bicubic of"  # stamp of the LR images that slicing makes
+SLICE_AGAIN = "run `python slice_images_w_overlapping.py` again"
 
 Area = tuple[slice, slice]  # rows and columns of an image
 Position = tuple[int, int]  # row and column of a tile, from 1
@@ -221,13 +221,6 @@ def _crossfade(parts: list[np.ndarray], overlap: int, axis: int) -> np.ndarray:
     return np.concatenate([*done, last], axis)
 
 
-def even_int(text: str) -> int:
-    """Returns `--pad` from the command line; for argparse."""
-    if not text.isdecimal() or int(text) % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an even number of 0 or more")
-    return int(text)
-
-
 # Names and folders ----------------------------------------------------------------------------
 
 
@@ -299,6 +292,13 @@ def tile_stamp(path: Path, grid: Grid) -> str:
     return f"{source_stamp(path)} {grid.tiles}x{grid.tiles} pad {grid.pad}"
 
 
+def grid_of(lr_path: Path, tiles: dict[Position, Path]) -> Grid:
+    """Returns the grid by which an LR image's tiles, or its HR tiles, were cut, from a stamp."""
+    stamp = (read_stamp(next(iter(tiles.values()))) if tiles else None) or ""
+    cut = re.search(r" (\d+)x\d+ pad (\d+)(?= \||$)", stamp)
+    return Grid.of(lr_path, *map(int, cut.groups() if cut else (1, 0)))
+
+
 def check_tiles(
     name: str,
     found: dict[Position, Path],
@@ -345,10 +345,7 @@ def check_made_lr(lr_path: Path, hr_path: Path) -> None:
     """Raises ImageError if slicing made an LR image, but from HR as it was before a change."""
     stamp = read_stamp(lr_path) or ""
     if stamp.startswith(MADE) and stamp != f"{MADE} {source_stamp(hr_path)}":
-        raise ImageError(
-            f"{lr_path}: made from {hr_path.name} as it was; run"
-            " `python slice_images_w_overlapping.py` again"
-        )
+        raise ImageError(f"{lr_path}: made from {hr_path.name} as it was; {SLICE_AGAIN}")
 
 
 def check_pair(
@@ -359,10 +356,7 @@ def check_pair(
     hr: dict[Position, Path],
 ) -> None:
     """Raises ImageError unless training tiles are all there and of the images as they are now."""
-    remedy = "run `python slice_images_w_overlapping.py` again"
-    stamp = read_stamp(next(iter(lr.values()))) or ""
-    cut = re.search(r" (\d+)x\d+ pad (\d+)$", stamp)
-    grid = Grid.of(lr_path, *map(int, cut.groups() if cut else (1, 0)))
+    grid = grid_of(lr_path, lr)
     check_made_lr(lr_path, hr_path)
-    check_tiles(name, lr, grid, tile_stamp(lr_path, grid), remedy)
-    check_tiles(name, hr, grid, tile_stamp(hr_path, grid), remedy, SCALE)
+    check_tiles(name, lr, grid, tile_stamp(lr_path, grid), SLICE_AGAIN)
+    check_tiles(name, hr, grid, tile_stamp(hr_path, grid), SLICE_AGAIN, SCALE)

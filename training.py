@@ -118,7 +118,7 @@ def fit(  # noqa: PLR0912, PLR0915
     one_shape = recipe.crops[0] == recipe.crops[1]
     saved = time.monotonic()
     log = Log(stage.name, options.runs, recipe.steps, done, device)
-    with with_remedies(), interruptible() as interrupted, log:
+    with with_remedies(), interruptible(notice=device.rank == 0) as interrupted, log:
         log.text("settings", settings)
         while True:
             # Validate and save
@@ -183,8 +183,7 @@ def fit(  # noqa: PLR0912, PLR0915
             if done.step * recipe.accumulate % GRID_EVERY < recipe.accumulate:
                 log.samples(stage, ema, samples or batch)
             log.bar.update()
-            overdue = time.monotonic() - saved > CHECKPOINT_SECONDS
-            if overdue:
+            if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                 save()
                 saved = time.monotonic()
 
@@ -388,7 +387,7 @@ def load_batches(
 
 
 def prepare_worker(_: int) -> None:
-    """Has a process that loads data use one thread, and ignore Ctrl-C, which reaches the group."""
+    """Limits a data-loading worker to one thread, and has it ignore the group's Ctrl-C."""
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
@@ -416,7 +415,7 @@ def held_out_crops(
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
-    """Takes a network's weights into their exponential moving average.
+    """Updates the exponential moving average of a network's weights.
 
     Early on the average is over fewer steps, so that it soon forgets where training started.
     Batch norm's statistics are averaged too; spectral norm's vectors are copied.
@@ -448,10 +447,11 @@ def validate(
     """
     mine = list(held_out.values())[device.rank :: device.world]
     rows, references, problems = [], [], []
+    enlarger = stage.enlarger(ema)
     for paths in progress(mine, "Validating", unit="image", leave=False):
         try:
             lr, hr = map(read_image, paths)
-            rows.append(stage.validate(ema, lr, hr))
+            rows.append(stage.validate(enlarger, lr, hr))
         except (ImageError, NotFiniteError) as error:
             problems.append(error)
             break
@@ -527,7 +527,7 @@ class Log:
         finite = all(map(math.isfinite, means.values()))
         seconds = time.monotonic() - self.since
         speed = self.crops * self.device.world / seconds
-        for key, value in {**means, "speed/crops per second": speed, "rate/peak": rate}.items():
+        for key, value in {**means, "speed/crops per second": speed, "learning rate": rate}.items():
             self.scalar(key, value)
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         self.bar.set_postfix_str(" ".join(f"{key} {value:.4f}" for key, value in sums.items()))
@@ -568,13 +568,19 @@ class Log:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Turns Ctrl-C and SIGTERM into an entry of the list it gives; a second one acts at once."""
+def interruptible(notice: bool) -> Iterator[list[int]]:
+    """Turns Ctrl-C and SIGTERM into an entry of the list it gives; a second one acts at once.
+
+    Args:
+        notice: tell the user that training will stop, which can take a validation's time.
+    """
     received: list[int] = []
     before: dict[int, object] = {}
 
     def note(number: int, _: object) -> None:
         received.append(number)
+        if notice:  # not by `print`, which cannot interrupt itself
+            os.write(2, b"\nStopping after this step or validation; once more to stop at once\n")
         signal.signal(number, before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -588,7 +594,7 @@ def interruptible() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def with_remedies() -> Iterator[None]:
-    """Turns errors of memory and of the processes that load data into ones that name the remedy."""
+    """Turns errors of memory and of data-loading workers into ones that name the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -597,6 +603,6 @@ def with_remedies() -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):  # an error in one names it otherwise
             raise
         raise DeviceError(
-            "A process that loads data was killed, as when memory or /dev/shm is full;"
+            "A data-loading worker was killed, probably because memory or /dev/shm is full;"
             " give --workers 0"
         ) from error

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from console import PARTS_BAR, UserError, problem, progress, warn
 from images import (
+    ONE_IMAGE_ERRORS,
     RESULTS,
     SUFFIXES,
     ImageError,
@@ -87,28 +88,32 @@ def images_in(folder: Path, options: Namespace) -> tuple[list[Path], list[Path]]
 
 def upscale_all(
     jobs: list[Job], enlarger: Enlarger, options: Namespace
-) -> tuple[int, int, list[str]]:
-    """Enlarges images.
+) -> tuple[int, int, int, list[str]]:
+    """Enlarges images; of several, those whose results are there already are left.
 
     Args:
         options: `overwrite`, `edges` and `preview` of the command line.
 
     Returns:
-        How many were made, how many pixels they have, and a line for each that was left out.
+        How many were made and how many were there already, how many pixels were made, and a line
+        for each image that was left out.
     """
-    made, pixels, problems = 0, 0, []
+    made, present, pixels, problems = 0, 0, 0, []
     with progress(total=len(jobs), desc="Upscaling", bar_format=PARTS_BAR) as bar:
         for count, (path, result) in enumerate(jobs):
             bar.update(count - bar.n)
+            if len(jobs) > 1 and result.exists() and not options.overwrite:
+                present += 1
+                continue
             try:
                 hr = upscale_one(path, result, enlarger, options, bar.update)
-            except (ImageError, OSError, MemoryError) as error:
+            except ONE_IMAGE_ERRORS as error:
                 problems.append(problem(path, error))
                 continue
             made += 1
             pixels += hr.shape[0] * hr.shape[1]
         bar.update(len(jobs) - bar.n)
-    return made, pixels, problems
+    return made, present, pixels, problems
 
 
 def upscale_one(
@@ -128,14 +133,16 @@ def upscale_one(
     photo = read_photo(path)
     edges = read_edges(options.edges, photo.rgb) if options.edges else None
     check_writable(result.parent)
+    with_edges = isinstance(enlarger.generator, Generator)
+    if options.preview and with_edges and edges is None:
+        edges = enlarger.predict_edges(photo.rgb)
     hr = enlarger(photo.rgb, edges, on_progress)
     for note in photo.notes + write_image(result, hr, photo):
         warn(f"{path}: {note}")
     if options.preview:
         cells = [("bicubic", bicubic(photo.rgb, SCALE)), ("Edge.SRGAN", hr)]
-        if isinstance(enlarger.generator, Generator):
-            found = enlarger.predict_edges(photo.rgb) if edges is None else edges
-            cells.insert(1, ("edges", drawn(found)))
+        if with_edges:
+            cells.insert(1, ("edges", drawn(edges)))
         sheet = result.with_name(f"{result.stem}{PREVIEW}.png")
         write_png(sheet, draw_sheet([cells], [(0.5, 0.5)]))
     return hr
@@ -184,7 +191,7 @@ def draw_sheet(rows: list[list[Cell]], centers: list[tuple[float, float]]) -> np
 def detail(image: np.ndarray, center: tuple[float, float]) -> np.ndarray:
     """Returns the square of the sheet's size around a place, as far inside as need be."""
     starts = [
-        max(0, min(max(round(place * length) - DETAIL // 2, 0), length - DETAIL))
+        max(0, min(round(place * length) - DETAIL // 2, length - DETAIL))
         for place, length in zip(center, image.shape[:2], strict=True)
     ]
     return image[*(slice(start, start + DETAIL) for start in starts)]

@@ -56,7 +56,7 @@ def sliced(tmp_path_factory) -> Path:
         save(root / TRAINING / LR, f"image_600px_{number:04d}.png", shrunk(hr))
     save(root / TEST / HR, "image_2400px_1490.png", photograph(5))
     save(root / TEST / LR, "image_600px_1490.png", shrunk(photograph(5)))
-    assert slice_images_w_overlapping.main(["--root", str(root), "--tiles", "2"]) == 0
+    slice_images_w_overlapping.main(["--root", str(root), "--tiles", "2"])
     return root
 
 
@@ -156,9 +156,13 @@ def command(*arguments: object) -> None:
     rank = os.environ.get("RANK", "0")
     with main.plain_errors():
         options = main.parse_options([str(each).replace("{rank}", rank) for each in arguments])
-        if options.command == "upscale":
-            status = main.upscale(options=options)
-        else:
-            status = main.COMMANDS[options.command](options)
-    if status:
-        sys.exit(status)
+        main.COMMANDS[options.command](options=options)
+
+
+def status_of(function: Callable, *arguments: object) -> int:
+    """Calls what may end the script; returns its exit status."""
+    try:
+        function(*arguments)
+    except SystemExit as ended:
+        return ended.code
+    return 0

@@ -189,7 +189,7 @@ def pipeline(root: Path) -> dict[str, tuple]:
         shutil.rmtree(output)
         shutil.copytree(tested, output)
 
-    python, fixed = sys.executable, ["--root", root, "--tiles", 6]
+    python, fixed = sys.executable, ["--root", root]
     test = [python, REPOSITORY / "main.py", "test", "--ckpts", root / "start", *fixed]
     scripts = {"slice": "slice_images_w_overlapping.py", "join": "join_slice_images.py"}
     cut, join = ([python, REPOSITORY / scripts[name], *fixed] for name in ("slice", "join"))

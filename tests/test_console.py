@@ -10,10 +10,21 @@ import time
 import zlib
 from pathlib import Path
 
+import cv2
 import pytest
 
 import console
-from console import StorageError, UserError, in_parallel, plain_errors, progress, say, warn
+from console import (
+    StorageError,
+    UserError,
+    in_parallel,
+    plain_errors,
+    progress,
+    report,
+    say,
+    warn,
+)
+from device import DeviceError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,11 +39,37 @@ REPOSITORY = Path(__file__).resolve().parent.parent
         (KeyboardInterrupt("Saved after step 7."), 130, "Interrupted. Saved after step 7."),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(capsys, error, status, line):
+def test_what_the_user_can_fix_is_one_line(capsys, error, status, line):
     with pytest.raises(SystemExit) as ended, plain_errors():
         raise error
     assert ended.value.code == status
     assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_something_left_out_is_told_by_the_exit_status(capsys):
+    with pytest.raises(SystemExit) as ended, plain_errors():
+        report("Done", 1, ["a.png: damaged"], 0.0, "out")
+        report("Done", 2, [], 0.0, "out")
+    assert ended.value.code == 1
+    with plain_errors():
+        report("Done", 2, [], 0.0, "out")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UserError("a"), False),
+        (StorageError("a"), True),
+        (DeviceError("a"), True),
+        (FileNotFoundError(errno.ENOENT, "a"), True),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_second_process_tells_what_the_first_may_not_know(capsys, monkeypatch, error, shown):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit), plain_errors():
+        raise error
+    assert bool(capsys.readouterr().err) == shown
 
 
 def test_a_defect_keeps_its_traceback():
@@ -97,6 +134,7 @@ def test_one_bad_file_costs_that_file_only(capsys):
     "error",
     [
         OSError("encoder error -2"),
+        cv2.error("OpenCV: (-4:Insufficient memory)"),
         UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"),
         AttributeError("'NoneType' has no attribute 'seek'"),
         zlib.error("Error -3\nwhile decompressing"),

@@ -425,6 +425,20 @@ def test_lost_exif_is_told(tmp_path):
     assert photo.exif is None and "EXIF" in photo.notes[0]
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_images_too_large_for_a_format_are_named_with_another(tmp_path, suffix):
+    _, longest, _ = images.RESULTS[suffix]
+    for side in (longest + 1, longest):
+        sr = np.zeros((1, side, 3), np.uint8)
+        path = tmp_path / f"a{suffix}"
+        if side > longest:
+            with pytest.raises(ImageError, match=rf"a\{suffix}: {side}x1 pixels .* take \.\w+$"):
+                write_image(path, sr, Photo(sr[:, ::4]))
+        else:
+            write_image(path, sr, Photo(sr[:, ::4]))
+            assert image_size(path) == (1, side)
+
+
 # What is carried ------------------------------------------------------------------------------
 
 

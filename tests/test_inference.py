@@ -7,7 +7,7 @@ from conftest import CPU, photograph
 
 from device import Device, DeviceError, to_tensor
 from images import canny
-from inference import Enlarger, Windows, for_inference, render
+from inference import Enlarger, Windows, for_inference
 from models import EdgeGenerator, Generator, SRResNet
 from tiles import grow, shape_of, whole, windows
 
@@ -60,11 +60,12 @@ def test_windows_meet_without_seams(monkeypatch):
     monkeypatch.setattr("inference.TRUNK_HALO", 20)
     monkeypatch.setattr("inference.RENDER_HALO", 5)
     lr = photograph(0, 70)[:53]
-    generator = for_inference(trained(Generator(8, 4)), CPU)
+    enlarger = Enlarger(trained(Generator(8, 4)), None, CPU)
+    enlarger.windows = Windows(17, 40, 17)
     edges = np.random.default_rng(0).integers(0, 256, (212, 280), np.uint8)
-    hr = render(lr, generator, CPU, Windows(17, 40, 17), edges)
+    hr = enlarger(lr, edges)
     with torch.no_grad():
-        whole_image = generator(to_tensor(lr) / 255, to_tensor(edges) / 255)
+        whole_image = enlarger.generator(to_tensor(lr) / 255, to_tensor(edges) / 255)
     expected = (whole_image[0].permute(1, 2, 0) * 255).round().numpy()
     assert np.abs(hr - expected).max() <= 1
 

@@ -57,6 +57,16 @@ def test_perceptual_loss_reaches_the_generated_image_only(vgg):
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 
 
+@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("invalid hash value")])
+def test_failed_download_of_vgg_names_the_option(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torchvision.models.VGG19_Weights, "get_state_dict", fail)
+    with pytest.raises(WeightError, match=r"vgg19.*--vgg"):
+        vgg_state(None)
+
+
 def test_perceptual_loss_names_a_file_without_vgg(tmp_path, vgg):
     state = torch.load(vgg)
     key = "features.5.weight"

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Launched, command, photograph, save, shrunk
+from conftest import REPOSITORY, Launched, command, photograph, save, shrunk, status_of
 from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -56,15 +56,15 @@ def other(tmp_path):
 
 
 def slice_all(root, tiles=3, *more):
-    return slice_images_w_overlapping.main(["--root", str(root), "--tiles", str(tiles), *more])
+    slice_images_w_overlapping.main(["--root", str(root), "--tiles", str(tiles), *more])
 
 
-def join_all(root, tiles=3, *more):
-    return join_slice_images.main(["--root", str(root), "--tiles", str(tiles), *more])
+def join_all(root):
+    join_slice_images.main(["--root", str(root)])
 
 
 def test_all(root, ckpts, *more, name="test"):
-    command(name, "--root", root, "--ckpts", ckpts, "--tiles", 3, *more)
+    command(name, "--root", root, "--ckpts", ckpts, *more)
 
 
 test_all.__test__ = False
@@ -126,7 +126,7 @@ def test_from_tiles_to_joined_images_and_metrics(root, ckpts, capsys):
     test_all(root, ckpts)
     assert len(list(output(root).glob("*.png"))) == 27
     assert read_image(output(root) / "2_01_03.png").shape == (64, 76, 3)
-    assert join_all(root) == 0
+    join_all(root)
     assert read_image(joined(root, 1)).shape == (96, 128, 3)
     capsys.readouterr()
     evaluate(root)
@@ -189,7 +189,7 @@ def test_finished_images_are_not_made_again(root, ckpts, other):
     join_all(root)
     test_all(root, ckpts)
     assert tiles(root) == second
-    test_all(root, ckpts, "--ckpt", other)
+    test_all(root, ckpts, "--generator", other)
     third = tiles(root)
     assert third.keys() == first.keys()
     assert not any(third[name][1] == first[name][1] for name in first)
@@ -199,9 +199,9 @@ def test_tiles_of_another_geometry_are_replaced(root, ckpts):
     test_all(root, ckpts)
     join_all(root)
     slice_all(root, 2, "--pad", "4")
-    test_all(root, ckpts, "--tiles", 2, "--pad", 4)
+    test_all(root, ckpts)
     assert len(tiles(root)) == 3 * 4
-    assert join_all(root, 2, "--pad", "4") == 0
+    join_all(root)
 
 
 def test_image_replaced_since_it_was_sliced_is_named(root, ckpts, capsys):
@@ -215,7 +215,7 @@ def test_image_replaced_since_it_was_sliced_is_named(root, ckpts, capsys):
     assert tiles(root) == first
     slice_all(root)
     test_all(root, ckpts)
-    assert join_all(root) == 0
+    join_all(root)
     lr = read_image(path)
     with main.open_device("cpu") as device:
         paths = ckpts / "SRModel_gen.pth", ckpts / "EdgeModel_gen.pth"
@@ -230,15 +230,15 @@ def test_interrupted_test_with_other_weights_does_not_pass(root, ckpts, other, m
     old = read_image(joined(root, 1))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         stop_writing_at(patch, "1_02_01.png")
-        test_all(root, ckpts, "--ckpt", other)
+        test_all(root, ckpts, "--generator", other)
     assert ended.value.code == 130
     capsys.readouterr()
-    assert join_all(root) == 1  # not half of either generator
+    assert status_of(join_all, root) == 1  # not half of either generator
     (line,) = left_out(capsys.readouterr().err)
     assert "1_" in line and "main.py test" in line
     assert (read_image(joined(root, 1)) == old).all()
-    test_all(root, ckpts, "--ckpt", other)
-    assert join_all(root) == 0
+    test_all(root, ckpts, "--generator", other)
+    join_all(root)
     assert (read_image(joined(root, 1)) != old).any()
 
 
@@ -254,7 +254,7 @@ def test_foreign_tile_is_removed_once(root, ckpts, where):
     assert "1_07_07.png" not in second and len(second) == 27
     test_all(root, ckpts)
     assert tiles(root) == second
-    assert join_all(root) == 0
+    join_all(root)
 
 
 def test_foreign_lr_tile_is_named_and_sliced_away(root, ckpts, capsys):
@@ -320,7 +320,7 @@ def test_edited_edges_change_the_image_and_are_known_again(root, ckpts):
     second = tiles(root)
     for name, kept in first.items():
         assert (second[name] == kept) is not name.startswith("1_")
-    assert join_all(root) == 0
+    join_all(root)
     test_all(root, ckpts)  # predicted ones again
     assert all(tiles(root)[name][1] != kept[1] for name, kept in first.items())
 
@@ -377,7 +377,7 @@ def test_joined_image_of_an_image_replaced_since_is_not_compared(evaluated, caps
 
 
 def test_new_tiles_are_not_evaluated_before_they_are_joined(evaluated, ckpts, other, capsys):
-    test_all(evaluated, ckpts, "--ckpt", other)
+    test_all(evaluated, ckpts, "--generator", other)
     lines = left_out(fails(capsys, evaluate, evaluated))
     assert len(lines) == 2 and all("join_slice_images.py" in line for line in lines)
 
@@ -472,7 +472,7 @@ def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, caps
 
 
 def test_processes_share_the_images_out(root, ckpts, tmp_path):
-    given = ["test", "--root", root, "--ckpts", ckpts, "--tiles", 3]
+    given = ["test", "--root", root, "--ckpts", ckpts]
     _, printed = Launched(tmp_path / "log", command, *given, processes=2).wait()
     assert len(list(output(root).glob("*.png"))) == 27
     assert printed.count("Tested: 3 images") == 1
@@ -482,7 +482,7 @@ def test_messages_of_several_processes_are_printed_once(root, ckpts, tmp_path):
     for name in (0, 1):  # an image of either process
         (root / TEST / LR / TILES / f"{name}_02_02.png").unlink()
     (root / TEST / LR / "camera.heic").touch()
-    given = ["test", "--root", root, "--ckpts", ckpts, "--tiles", 3]
+    given = ["test", "--root", root, "--ckpts", ckpts]
     statuses, printed = Launched(tmp_path / "log", command, *given, processes=2).wait()
     assert 1 in statuses
     assert len(list(output(root).glob("*.png"))) == 9
@@ -495,7 +495,7 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_can_be_made_later(root, ckpts, tmp
     for number in range(3, 40):
         save(root / TEST / LR, f"image_600px_{number}.png", shrunk(photograph(number)[:96, :128]))
     slice_all(root)
-    given = ["test", "--root", root, "--ckpts", ckpts, "--tiles", 3]
+    given = ["test", "--root", root, "--ckpts", ckpts]
     testing = Launched(tmp_path / "log", command, *given)
     while testing.processes[0].is_alive() and not (output(root) / "0_03_03.png").exists():
         time.sleep(0.01)
@@ -540,7 +540,7 @@ def test_main_runs_what_its_last_lines_leave_uncommented(root, ckpts, tmp_path):
     names = ["train_edges", "pretrain", "train", "test", "evaluate", "upscale"]
     assert [name for _, name in lines] == names
     assert [name for mark, name in lines if not mark] == ["test"]
-    options = ["--root", root, "--ckpts", ckpts, "--tiles", 3]
+    options = ["--root", root, "--ckpts", ckpts]
     assert script(text, tmp_path, *options)[0] == 0
     assert len(list(output(root).glob("*.png"))) == 27
     join_all(root)
@@ -556,8 +556,8 @@ def test_main_runs_what_its_last_lines_leave_uncommented(root, ckpts, tmp_path):
     assert read_image(tmp_path / "holiday_x4.png").shape == (96, 128, 3)
     lr_image(root, 0).write_bytes(b"no image")  # what one line leaves out does not stop the next
     text = text.replace("# test()", "test()").replace("# evaluate()", "evaluate()")
-    _, printed = script(text, tmp_path, *options)
-    assert "Tested: " in printed and "Evaluated: " in printed
+    status, printed = script(text, tmp_path, *options)
+    assert status == 1 and "Tested: " in printed and "Evaluated: " in printed
 
 
 def test_a_folder_without_images_is_named(tmp_path, ckpts):
@@ -601,7 +601,7 @@ def test_help_shows_every_default(capsys, monkeypatch):
         seen.add(name)
         assert f"(default: {default})" in text, text
     assert seen == options.keys() - {"command", "images"}
-    for stage in main.STAGES:  # what "see below" means
+    for stage in main.all_stages():  # what "see below" means
         row = re.search(rf"^ +{stage.name} +(.*)$", printed.out, re.MULTILINE)[1].split()
         assert row[0] == str(stage.recipe.steps) and str(stage.recipe.learning_rate) in row
 
@@ -615,7 +615,7 @@ def test_help_shows_every_default(capsys, monkeypatch):
         *(["--seed", value] for value in ("-1", "x", "9" * 20)),
         *(["--workers", "-1"], ["--held-out", "-3"], ["--batch-size", "0"]),
         *(["--crop", value] for value in ("1", "0", "-16")),
-        *(["--tiles", "0"], ["--pad", "7"], ["--checkpoint-every", "0"]),
+        *(["--checkpoint-every", "0"], ["--ckpt", "other.pth"]),  # once a name, not --ckpts
         *(["--jpeg", value] for value in ("1.5", "-0.1", "nan")),
         *(["--device", "tpu"], ["--precision", "fp8"], ["--stage", "All"]),
         *(["--root", "nowhere"], ["dance"], ["test", "image.png"]),

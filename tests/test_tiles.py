@@ -186,10 +186,3 @@ def test_stamps_are_plain_text_whatever_the_file_is_called(tmp_path):
         pytest.skip("this file system wants UTF-8")
     stamp = tiles.source_stamp(path)
     assert stamp.isascii() and stamp.startswith("na%EFve%20%FF%7C.png 1 ")
-
-
-@pytest.mark.parametrize("text", ["-2", "3", "2.0", "nan", ""])
-def test_odd_overlaps_are_refused(text):
-    with pytest.raises(Exception, match="even"):
-        tiles.even_int(text)
-    assert tiles.even_int("8") == 8

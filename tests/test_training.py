@@ -1,12 +1,13 @@
 import dataclasses
 import errno
+import itertools
 import math
 import os
 import re
 import shutil
 import signal
 import time
-from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def sliced(tmp_path_factory):
         hr = photograph(number, SCALE * 48)
         save(folder / HR, f"image_2400px_{number:04d}.png", hr)
         save(folder / LR, f"image_600px_{number:04d}.png", shrunk(hr))
-    assert slice_images_w_overlapping.main(["--root", str(root), "--tiles", "2"]) == 0
+    slice_images_w_overlapping.main(["--root", str(root), "--tiles", "2"])
     return root
 
 
@@ -294,7 +295,7 @@ def test_losses_of_both_networks_and_what_else_is_watched_are_logged(trained):
             *("SSIM", "validation/SSIM", "validation/SSIM true edges"),
         },
     }
-    common = {"loss gen/sum", "speed/crops per second", "rate/peak", "validation/best so far"}
+    common = {"loss gen/sum", "speed/crops per second", "learning rate", "validation/best so far"}
     for name, expected in terms.items():
         seen = scalars(trained / "runs" / name)
         assert expected | common <= seen.keys()
@@ -752,7 +753,7 @@ def spoil_one_tile(sliced, root, batch, part=slice(None)):
     shutil.copytree(sliced, root)
     ids, _ = split(root, 4)
     pairs = PairedTiles(root, ids, 16).pairs
-    drawn = list(islice(CropSampler(len(pairs), 2, (16, 16), 0), batch + 1))
+    drawn = list(itertools.islice(CropSampler(len(pairs), 2, (16, 16), 0), batch + 1))
     early = {draw.tile for draws in drawn[:-1] for draw in draws}
     tile = next(draw.tile for draw in drawn[-1][part] if draw.tile not in early)
     path = pairs[tile][0]
@@ -924,6 +925,19 @@ def test_missing_weights_name_the_command_that_makes_them(folder, options, refus
     assert str(folder / "PreModel_gen.pth") in line and "python main.py pretrain" in line
 
 
+def test_ctrl_c_is_acknowledged_at_once(folder, options, monkeypatch, capfd):
+    seen = []
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(capfd.readouterr().err)
+
+    stop_at(monkeypatch, SRResNetModel, 1, interrupt)
+    with pytest.raises(SystemExit):
+        command(*options("pretrain", folder))
+    assert "once more to stop at once" in seen[0]
+
+
 def test_full_memory_names_the_option_to_lower(folder, options, refused, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -944,6 +958,30 @@ def test_full_memory_names_the_option_to_lower(folder, options, refused, monkeyp
 def test_pretraining_in_two_processes_by_torchrun(folder, options):
     run(*options("pretrain", folder, "--steps", 1), processes=2)
     assert state(folder, PreModel)["progress"]["step"] == 1
+
+
+def slow_second_process(*arguments):
+    """Runs a command line in a process whose clock, in the second, is an hour ahead by turns."""
+    if os.environ["RANK"] == "1":
+        clock, hours = time.monotonic, itertools.cycle([0, 3600])
+        training.time = SimpleNamespace(monotonic=lambda: clock() + next(hours))
+    command(*arguments)
+
+
+def test_processes_agree_on_when_a_checkpoint_is_due(folder, options, tmp_path):
+    arguments = options("pretrain", folder, "--stage", "SRResNet", "--steps", 8)
+    arguments += ["--held-out", 0]
+    launched = Launched(tmp_path / "log", slow_second_process, *arguments, processes=2)
+    statuses, printed = launched.wait(60)
+    assert statuses == [0, 0], printed
+
+
+def test_weights_that_a_later_stage_needs_are_missed_before_the_first(folder, options, refused):
+    (folder / "EdgeModel_gen.pth").unlink()
+    line = refused(*options("pretrain", folder))
+    assert "EdgeModel_gen.pth" in line and "EdgeStageModel" in line
+    assert not (folder / "SRResNet.state.pth").exists()
+    command(*options("pretrain", folder, "--stage", "SRResNet", "--steps", 1))
 
 
 def test_first_process_reads_and_writes_for_all_and_speaks_for_them(folder, options, tmp_path):

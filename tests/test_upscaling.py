@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
-from conftest import CPU, photograph
+from conftest import CPU, command, photograph, status_of
 from PIL import Image, ImageCms
 
 import images
 import join_slice_images
-import main
 import slice_images_w_overlapping
 from inference import Enlarger
 from models import SRResNet, load_network, save_network
@@ -20,11 +19,7 @@ def upscale(ckpts, tmp_path, capsys):
 
     def run(*arguments):
         given = ["upscale", "--ckpts", str(ckpts), "--precision", "fp32", *map(str, arguments)]
-        try:
-            with main.plain_errors():
-                status = main.upscale(options=main.parse_options(given))
-        except SystemExit as left:
-            status = left.code
+        status = status_of(command, *given)
         printed = capsys.readouterr()
         return status, printed.out + printed.err
 
@@ -40,9 +35,9 @@ def test_the_result_is_that_of_slicing_testing_and_joining(upscale, ckpts, tmp_p
     folder.mkdir(parents=True)
     image().save(folder / "a.png")
     root = ["--root", str(tmp_path)]
-    assert slice_images_w_overlapping.main(root) == 0
-    main.test(main.parse_options(["test", *root, "--ckpts", str(ckpts), "--precision", "fp32"]))
-    assert join_slice_images.main(root) == 0
+    slice_images_w_overlapping.main(root)
+    command("test", *root, "--ckpts", ckpts, "--precision", "fp32")
+    join_slice_images.main(root)
     assert upscale(folder / "a.png")[0] == 0
     joined = np.asarray(Image.open(folder / OUTPUT / JOINED / "candidate_a.png"))
     alone = np.asarray(Image.open(folder / "a_x4.png"))
@@ -120,7 +115,7 @@ def test_folders_are_enlarged_and_bad_files_left_out(upscale, tmp_path):
     assert status == 1 and "bad.png" in printed and "notes" not in printed
     assert [path.name for path in target.rglob("*.png")] == ["a_x4.png"]
     status, printed = upscale(source, "--output", target, "--recursive")
-    assert status == 1 and "--overwrite" in printed
+    assert status == 1 and "1 there already" in printed and "1 left out" in printed
     assert (target / "deeper" / "b_x4.png").exists()
 
 
@@ -131,6 +126,19 @@ def test_results_are_no_images_of_their_folder(upscale, tmp_path):
     assert names == {"a.png", "a_x4.png", "a_x4_preview.png"}
     assert upscale(tmp_path, "--preview", "--fast", "--overwrite")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_preview_costs_no_second_prediction_of_edges(upscale, tmp_path, monkeypatch):
+    predicted, original = [], Enlarger.predict_edges
+
+    def predict_edges(*arguments):
+        predicted.append(original(*arguments))
+        return predicted[-1]
+
+    monkeypatch.setattr(Enlarger, "predict_edges", predict_edges)
+    image().save(tmp_path / "a.png")
+    assert upscale(tmp_path / "a.png", "--preview")[0] == 0
+    assert (tmp_path / "a_x4_preview.png").exists() and len(predicted) == 1
 
 
 def test_nothing_is_overwritten_unasked(upscale, tmp_path):
