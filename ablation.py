@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from console import UserError, existing_folder, plain_errors, positive_int, progress
+from console import UserError, existing_folder, plain_errors, progress
 from dataset import through_jpeg
 from device import open_device, to_tensor
 from images import bicubic, canny, read_image, repeat
 from inference import Enlarger
 from metrics import Metrics, color_shift, compare, compare_edges, mean_of, print_table
-from tiles import HR, LR, ROOT, SCALE, TEST, find_images
+from tiles import HR, LR, ROOT, SCALE, TEST, check_made_lr, check_size, find_images
 
 
 def main() -> None:
@@ -31,12 +31,21 @@ def main() -> None:
     add = parser.add_argument
     add("--root", type=existing_folder, default=ROOT, help="folder of TestSet/")
     add("--ckpts", type=Path, default=ROOT / "ckpts", help="folder of the weights")
-    add("--jpeg", type=positive_int, help="quality of the JPEG that LR is saved as first")
+    add(
+        "--jpeg",
+        type=int,
+        choices=range(1, 101),
+        metavar="1..100",
+        help="quality of the JPEG that LR is saved as first",
+    )
     options = parser.parse_args()
     lr_paths, hr_paths = (find_images(options.root / TEST / size)[0] for size in (LR, HR))
     names = [name for name in lr_paths if name in hr_paths]
     if not names:
         raise UserError(f"{options.root / TEST}: no image is in both {LR}/ and {HR}/")
+    for name in names:
+        check_made_lr(lr_paths[name], hr_paths[name])
+        check_size(hr_paths[name], lr_paths[name])
 
     images: dict[str, list[Metrics]] = {}
     edges: dict[str, list[Metrics]] = {}

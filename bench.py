@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import join_slice_images
 import slice_images_w_overlapping
-from console import positive_int, progress
+from console import plain_errors, positive_int, progress
 from device import Device, choose_kind, open_device
 from images import bicubic, write_png
 from inference import Enlarger
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    choose_kind(options.device)  # or say at once that there is none
     if options.measure:
         if options.plain:  # without what `open_device` does for speed
             plain_device = Device(torch.device(choose_kind(options.device)))
@@ -104,7 +105,7 @@ def measure(stage: str, plain: bool, options: argparse.Namespace) -> dict:
     """Runs one measurement in a process of its own."""
     command = [sys.executable, __file__, "--measure", stage, "--device", options.device]
     command += ["--precision", options.precision, *(["--plain"] if plain else [])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -292,4 +293,5 @@ STAGES: dict[str, Callable[[Device, bool], dict]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -22,6 +22,7 @@ from tiles import (
     HR,
     LR,
     SCALE,
+    SLICE_AGAIN,
     TILES,
     TRAINING,
     Area,
@@ -48,12 +49,16 @@ def split(root: Path, held_out: int) -> tuple[list[str], dict[str, tuple[Path, P
         spread over the sorted ids.
 
     Raises:
-        ImageError: an image's tiles are not all there, or not of the image as it is now.
+        ImageError: an image has no tiles, or not all, or not of the image as it is now.
     """
     lr, _ = find_images(root / TRAINING / LR)
     hr, _ = find_images(root / TRAINING / HR)
     lr_tiles = find_tiles(root / TRAINING / LR / TILES)
     whole = [name for name in sorted(lr_tiles) if name in lr and name in hr]
+    if whole and (without := sorted((lr.keys() | hr.keys()) - set(whole))):
+        path = (lr | hr)[without[0]]
+        others = f", as {len(without) - 1} others" if without[1:] else ""
+        raise ImageError(f"{path}: not sliced, or without a partner{others}; {SLICE_AGAIN}")
     hr_tiles = find_tiles(root / TRAINING / HR / TILES)
     for name in progress(whole, "Checking tiles", unit="image", leave=False):
         check_pair(name, lr[name], hr[name], lr_tiles[name], hr_tiles.get(name, {}))

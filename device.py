@@ -30,6 +30,11 @@ class NotFiniteError(DeviceError):
     """A network's output is not a number, as after an overflow."""
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether an error of PyTorch says that the memory of a GPU, or the CPU's, is full."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @dataclass(frozen=True)
 class Device:
     """Where and how precisely to compute, and which process of how many this is."""

@@ -49,6 +49,7 @@ RESULTS = {".png": ("PNG", 1_000_000, {}), ".jpg": JPEG, ".jpeg": JPEG, ".webp":
 RESULTS |= {".tif": TIFF, ".tiff": TIFF}
 
 ORIENTATION, EXIF_IFD, GPS_IFD, INTEROPERABILITY = 0x0112, 0x8769, 0x8825, 0xA005
+X_RESOLUTION = 0x011A
 EXIF_WIDTH, EXIF_HEIGHT = 0xA002, 0xA003
 # What tells about the image, not how its file was laid out: description, camera, software,
 # date, author, host, rating, copyright, Exif, GPS, Windows' title to subject.
@@ -287,13 +288,24 @@ def _kept_exif(image: Image.Image, notes: list[str]) -> bytes | None:
             if tag in (EXIF_IFD, GPS_IFD):
                 kept[tag] = dict(exif.get_ifd(tag))
                 kept[tag].pop(INTEROPERABILITY, None)
+                _keep_text(kept[tag])
+        _keep_text(kept)
         return kept.tobytes() if len(kept) else None
     except FILE_ERRORS:
         notes.append("its EXIF data are damaged and left out")
         return None
 
 
+def _keep_text(directory: Image.Exif | dict) -> None:
+    """Makes text in EXIF data the bytes it was: Pillow reads Latin-1 but writes ASCII."""
+    for tag, value in list(directory.items()):
+        if isinstance(value, str) and not value.isascii():
+            directory[tag] = value.encode("latin-1", "replace")
+
+
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:
+        return None  # Pillow says 1
     try:
         x, y = map(float, image.info["dpi"])
     except FILE_ERRORS:
@@ -353,10 +365,11 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
     if max(height, width) > longest:
         other = ".tif" if file_format == "PNG" else ".png"
         raise ImageError(f"{path}: {width}x{height} pixels are too many for {suffix}; take {other}")
-    photo = replace(photo, exif=_resized_exif(photo.exif, width, height))
+    exif = _resized_exif(photo.exif, width, height) if photo.exif else None
+    photo = replace(photo, exif=exif and exif.tobytes())
     if file_format == "JPEG" and len(photo.exif or b"") > JPEG_SEGMENT:
         notes.append("its EXIF data are too long for JPEG and are left out")
-        photo.exif = None
+        exif = None
 
     if photo.gray:
         sr = cv2.cvtColor(sr, cv2.COLOR_RGB2GRAY)[..., None]
@@ -375,7 +388,7 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         if file_format == "PNG":
             temporary.write_bytes(_encode_png(sr, photo, stamp))
         else:
-            carried = {"icc_profile": photo.icc, "exif": photo.exif, "dpi": photo.dpi}
+            carried = {"icc_profile": photo.icc, "exif": exif, "dpi": photo.dpi}
             options = options | {key: value for key, value in carried.items() if value}
             Image.fromarray(sr[..., 0] if sr.shape[2] == 1 else sr).save(
                 temporary, file_format, **options
@@ -383,14 +396,14 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
     return notes
 
 
-def _resized_exif(exif: bytes | None, width: int, height: int) -> bytes | None:
-    if not exif:
-        return None
-    data = Image.Exif()
-    data.load(exif)
-    if sizes := data.get_ifd(EXIF_IFD):
+def _resized_exif(data: bytes, width: int, height: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(data)
+    if sizes := exif.get_ifd(EXIF_IFD):
         sizes |= {EXIF_WIDTH: width, EXIF_HEIGHT: height}
-    return data.tobytes()
+    for directory in (exif, exif.get_ifd(EXIF_IFD), exif.get_ifd(GPS_IFD)):
+        _keep_text(directory)
+    return exif
 
 
 def _encode_png(image: np.ndarray, photo: Photo, stamp: str) -> bytes:
@@ -441,10 +454,10 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         if durable and os.name != "nt":
             _flush(path.parent)
     except OSError as error:
-        if error.filename in (None, str(temporary)) and (
-            stop := StorageError.of(error, path.parent)
-        ):
-            raise stop from error
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
+            if stop := StorageError.of(error, path.parent):
+                raise stop from error
         raise
     finally:
         with suppress(OSError):

@@ -15,7 +15,14 @@ from torch import nn
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from device import Device, DeviceError, release_freed_memory, to_image, to_tensor
+from device import (
+    Device,
+    DeviceError,
+    is_out_of_memory,
+    release_freed_memory,
+    to_image,
+    to_tensor,
+)
 from images import CANNY_REACH, canny
 from models import EdgeGenerator, Generator, SRResNet, load_network
 from tiles import grow, scaled, shape_of, whole, windows, within
@@ -59,8 +66,8 @@ class Windows:
         """
         if self.render <= SMALLEST_WINDOW:
             raise DeviceError(
-                "The GPU's memory is too small even for the smallest windows;"
-                " end other programs that use it, or give --device cpu"
+                "Memory is too small even for the smallest windows; end other programs that use"
+                " it, or leave a GPU alone with --device cpu"
             )
         return Windows(self.edges // 2, self.trunk // 2, self.render // 2)
 
@@ -109,7 +116,7 @@ class Enlarger:
             `(4H, 4W, 3)` uint8, RGB.
 
         Raises:
-            DeviceError: the GPU's memory does not suffice for the smallest windows.
+            DeviceError: memory does not suffice for the smallest windows.
         """
         share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
         if share:
@@ -133,7 +140,9 @@ class Enlarger:
         while True:
             try:
                 return work(*arguments)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.windows = self.windows.smaller()
             finally:
                 release_freed_memory()

@@ -1,12 +1,14 @@
 """Every loss term of every training, and its weight."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from console import one_line
 from metrics import original_ssim
 from models import WeightError, load_file
 
@@ -132,9 +134,11 @@ def vgg_state(weights: Path | None) -> dict[str, Tensor]:
         published = torchvision.models.VGG19_Weights.IMAGENET1K_V1
         try:
             state = published.get_state_dict(check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:  # the latter: an incomplete file
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            cache = Path(torch.hub.get_dir()) / "checkpoints"
             raise WeightError(
-                f"{published.url}: cannot be downloaded ({error}); give the file with --vgg"
+                f"{published.url}: cannot be downloaded ({one_line(error)}); give the file with"
+                f" --vgg, or remove a damaged one in {cache}"
             ) from error
     else:
         state = load_file(weights)

@@ -38,7 +38,7 @@ from device import Device, open_device, processor_share
 from images import (
     ONE_IMAGE_ERRORS,
     ImageError,
-    image_size,
+    check_writable,
     read_image,
     read_stamp,
     replacing,
@@ -70,8 +70,10 @@ from tiles import (
     Grid,
     Position,
     check_made_lr,
+    check_size,
     check_tiles,
     cut_tile,
+    edges_stamp,
     find_images,
     find_tiles,
     grid_of,
@@ -157,7 +159,7 @@ def test(options: argparse.Namespace | None = None) -> None:
             " or enlarge one where it lies with `python main.py upscale IMAGE`"
         )
     tiles, output = find_tiles(folder / TILES), find_tiles(folder / OUTPUT)
-    (folder / OUTPUT).mkdir(exist_ok=True)
+    check_writable(folder / OUTPUT)
     with open_device(options.device, options.precision) as device, ThreadPoolExecutor(1) as writer:
         enlarger = Enlarger.load(*weight_paths(options), device)
         weights = digest(*weight_paths(options), device)
@@ -176,8 +178,9 @@ def test(options: argparse.Namespace | None = None) -> None:
                     lr_stamp = tile_stamp(images[name], grid)
                     check_tiles(name, lr_tiles, grid, lr_stamp, SLICE_AGAIN)
                     lr = join({at: read_image(path) for at, path in lr_tiles.items()}, grid)
-                    given = given_edges(options.edges, name, lr)
-                    hr_stamp = f"{lr_stamp} | {weights}" + edges_stamp(options.edges, name)
+                    edge_path = options.edges and options.edges / f"{name}.png"
+                    given = edge_path and given_edges(edge_path, images[name], lr)
+                    hr_stamp = f"{lr_stamp} | {weights}{edges_stamp(edge_path)}"
                     moved = find_tiles(folder / OUTPUT / name).get(name, {})  # by the joining
                     fresh = output.get(name, {})
                     if is_made(name, moved | fresh, grid, lr_stamp, hr_stamp):
@@ -219,23 +222,24 @@ def write_tiles(
         write_png(folder / tile_name(name, *at), cut_tile(hr, grid, *at, SCALE), stamp)
 
 
-def given_edges(folder: Path | None, name: str, lr: np.ndarray) -> np.ndarray | None:
-    """Returns the HR edges `{name}.png` in a folder, `(4H, 4W)` uint8; None without a folder.
+def given_edges(path: Path, lr_path: Path, lr: np.ndarray) -> np.ndarray:
+    """Returns the HR edges in a file for an LR image, `(4H, 4W)` uint8.
 
     Raises:
-        ImageError: there is no such file, or it is not of the HR image's size.
+        ImageError: there is no such file, it is not of the HR image's size, or it was predicted
+            from the LR image as it was before a change.
     """
-    if folder is None:
-        return None
-    path = folder / f"{name}.png"
     if not path.exists():
         raise ImageError(f"{path}: missing; `python main.py edges` writes edges to start from")
+    check_edges(path, lr_path)
     return read_edges(path, lr)
 
 
-def edges_stamp(folder: Path | None, name: str) -> str:
-    """Returns the part of a stamp that names the edges, empty for predicted ones."""
-    return f" edges {source_stamp(folder / f'{name}.png')}" if folder else ""
+def check_edges(path: Path, lr_path: Path) -> None:
+    """Raises ImageError if edges were predicted from the LR image as it was before a change."""
+    stamp, now = read_stamp(path) or "", source_stamp(lr_path)
+    if stamp != now and stamp.split(" ")[0] == now.split(" ")[0]:
+        raise ImageError(f"{path}: predicted from {lr_path.name} as it was; remove it")
 
 
 def edges(options: argparse.Namespace | None = None) -> None:
@@ -250,19 +254,21 @@ def edges(options: argparse.Namespace | None = None) -> None:
     if not images:
         raise UserError(f"{folder}: no images; put some there")
     output = folder / OUTPUT / EDGES
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     made, present = 0, 0
     with open_device(options.device, options.precision) as device:
         enlarger = Enlarger(
             None, load_network(weight_path(options, "EdgeModel"), EdgeGenerator), device
         )
         for name, path in progress(images.items(), "Predicting edges", unit="image"):
-            if (output / f"{name}.png").exists():
-                present += 1
-                continue
+            result = output / f"{name}.png"
             try:
+                if result.exists():
+                    check_edges(result, path)
+                    present += 1
+                    continue
                 predicted = enlarger.predict_edges(read_image(path))
-                write_png(output / f"{name}.png", np.stack([predicted] * 3, axis=2))
+                write_png(result, np.stack([predicted] * 3, axis=2), source_stamp(path))
             except ONE_IMAGE_ERRORS as error:
                 problems.append(problem(path, error))
                 continue
@@ -280,7 +286,8 @@ def upscale(*images: str, options: argparse.Namespace | None = None) -> None:
     jobs, problems = find_jobs(paths, options)
     with open_device(options.device, options.precision) as device:
         enlarger = Enlarger.load(*weight_paths(options), device)
-        made, present, pixels, more_problems = upscale_all(jobs, enlarger, options)
+        weights = digest(*weight_paths(options), device)
+        made, present, pixels, more_problems = upscale_all(jobs, enlarger, weights, options)
     seconds = time.monotonic() - start
     if made:
         say(f"{pixels / 1e6:.1f} megapixels, {pixels / 1e6 / seconds:.2f} per second")
@@ -317,7 +324,6 @@ def evaluate(options: argparse.Namespace | None = None) -> None:
     """
     options = options or parse_options()
     start, folder = time.monotonic(), options.root / TEST / LR
-    joined, _ = find_images(folder / OUTPUT / JOINED)
     (lr, problems), (hr, _) = find_images(folder), find_images(options.root / TEST / HR)
     fresh = find_tiles(folder / OUTPUT)
     names = [name for name in lr if name in hr]
@@ -332,8 +338,8 @@ def evaluate(options: argparse.Namespace | None = None) -> None:
                 check_made_lr(lr[name], hr[name])
                 if name in fresh:
                     raise ImageError(f"{name}: has new tiles; run `python join_slice_images.py`")
-                paths = lr[name], hr[name], joined.get(f"candidate_{name}")
-                table[name] = against_bicubic(*read_triple(*paths), device)
+                sr = folder / OUTPUT / JOINED / f"candidate_{name}.png"
+                table[name] = against_bicubic(*read_triple(lr[name], hr[name], sr), device)
             except ONE_IMAGE_ERRORS as error:
                 problems.append(problem(lr[name], error))
     path = folder / OUTPUT / JOINED / "metrics.csv"
@@ -347,20 +353,17 @@ def evaluate(options: argparse.Namespace | None = None) -> None:
             writer.writeheader()
             writer.writerows({"image": name, **row} for name, row in rows)
         print_table(rows)
-    report("Evaluated", len(table), problems, start, path)
+    report("Evaluated", len(table), problems, start, path if table else "nothing to compare")
 
 
-def read_triple(lr: Path, hr: Path, sr: Path | None) -> list[np.ndarray]:
+def read_triple(lr: Path, hr: Path, sr: Path) -> list[np.ndarray]:
     """Returns LR image, ground truth and joined image, checked for size and for being current."""
-    if sr is None:
+    if not sr.exists():
         raise ImageError(f"{lr}: not joined; run `python join_slice_images.py`")
     if not (read_stamp(sr) or "").startswith(f"{source_stamp(lr)} "):
         raise ImageError(f"{sr}: not made from {lr.name} as it is now; slice, test and join again")
-    wanted = [SCALE * side for side in image_size(lr)]
     for path in (hr, sr):
-        surplus = [a - b for a, b in zip(image_size(path), wanted, strict=True)]
-        if min(surplus) < 0 or max(surplus) >= SCALE:
-            raise ImageError(f"{path}: is not {SCALE} times the size of {lr}; replace it")
+        check_size(path, lr)
     return [read_image(path) for path in (lr, hr, sr)]
 
 
@@ -386,6 +389,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", choices=COMMANDS, help="what to run")
     parser.add_argument("images", nargs="*", help="images and folders, for upscale")
 
+    own: list[tuple[str, argparse.Action]] = []  # the commands of options that not all have
+
+    def group(commands: str) -> Callable[..., None]:
+        add = parser.add_argument_group(commands).add_argument
+        return lambda *args, **given: own.append((commands, add(*args, **given)))
+
     add = parser.add_argument_group("all commands").add_argument
     add("--root", type=existing_folder, default=ROOT, help="folder of TrainingSet/ and TestSet/")
     add("--ckpts", type=Path, default=ROOT / "ckpts", help="folder of the weights")
@@ -393,15 +402,13 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", choices=devices, help="where to compute")
     add("--precision", default="auto", choices=precisions, help="number format of the networks")
 
-    training = parser.add_argument_group("train_edges, pretrain, train")
-    add, stages = training.add_argument, [stage.name for stage in all_stages()]
+    add, stages = group("train_edges, pretrain, train"), [stage.name for stage in all_stages()]
     add("--stage", choices=stages, help="the only stage to train; None: all")
     add("--resume", action="store_true", help="continuation of the last training")
     add("--accept-changes", action="store_true", help="with --resume: another recipe or data set")
     add("--init", type=Path, help="weight file that a new training starts from")
-    length = training.add_mutually_exclusive_group().add_argument
-    length("--steps", type=positive_int, help="updates of the weights; None: see below")
-    length("--epochs", type=positive_float, help="the same in passes over the tiles")
+    add("--steps", type=positive_int, help="updates of the weights; None: see below")
+    add("--epochs", type=positive_float, help="the same in passes over the tiles")
     add("--batch-size", type=positive_int, help="crops per process; None: see below")
     add("--learning-rate", type=positive_float, help="peak learning rate; None: see below")
     add("--crop", type=crop_side, help="LR pixels a side of the crops; None: see below")
@@ -414,14 +421,14 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=non_negative_int, default=workers, help="data-loading processes")
     add("--seed", type=seed, default=0, help="seed of everything random")
 
-    add = parser.add_argument_group("test, upscale").add_argument
+    add = group("test, upscale")
     add("--generator", type=Path, help="weight file; None: SRModel_gen.pth in --ckpts")
     add(
         "--edges", type=Path, help="test: folder of HR edges {id}.png; upscale: file; None: predict"
     )
     add("--fast", action="store_true", help="the SRResNet, without edges")
 
-    add = parser.add_argument_group("upscale").add_argument
+    add = group("upscale")
     add("--output", type=Path, help="file or folder of the results; None: beside the images")
     add("--recursive", action="store_true", help="sub-folders too")
     add("--overwrite", action="store_true", help="replaces existing results")
@@ -429,6 +436,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)  # `upscale --fast IMAGE` too
     if options.images and options.command != "upscale":
         parser.error(f"{options.images[0]}: only upscale takes images")
+    if options.steps and options.epochs:
+        parser.error("--steps and --epochs: leave out one or the other")
+    for commands, action in own:
+        given = getattr(options, action.dest) != action.default
+        if given and options.command and options.command not in commands.split(", "):
+            parser.error(f"{action.option_strings[0]}: only for {commands}")
     return options
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from console import UserError
+from console import UserError, one_line
 from device import SumOverProcesses
 from images import replacing
 from tiles import SCALE
@@ -423,6 +423,8 @@ def load_file(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightError(f"{path}: no such file; train it first, or give another") from error
+    except OSError as error:
+        raise WeightError(f"{one_line(error)}; make it readable, or give another file") from error
     except Exception as error:
         raise WeightError(f"{path}: not a weight file, or a damaged one; give another") from error
     if not isinstance(content, dict):

@@ -138,7 +138,7 @@ class Grid:
         if min(self.height, self.width) < self.tiles:
             raise ImageError(
                 f"{self.width}x{self.height} pixels are too few for {self.tiles}x{self.tiles}"
-                " tiles; remove it or give a smaller --tiles"
+                " tiles; remove it or slice with fewer --tiles"
             )
 
     @classmethod
@@ -284,6 +284,11 @@ def source_stamp(path: Path) -> str:
     return f"{quote(os.fsencode(path.name))} {status.st_size} {status.st_mtime_ns}"
 
 
+def edges_stamp(path: Path | None) -> str:
+    """Returns the part of a stamp that names a file of edges, empty for predicted ones."""
+    return f" edges {source_stamp(path)}" if path else ""
+
+
 def tile_stamp(path: Path, grid: Grid) -> str:
     """Returns the stamp of the tiles that `grid` makes of the image file as it is now.
 
@@ -346,6 +351,13 @@ def check_made_lr(lr_path: Path, hr_path: Path) -> None:
     stamp = read_stamp(lr_path) or ""
     if stamp.startswith(MADE) and stamp != f"{MADE} {source_stamp(hr_path)}":
         raise ImageError(f"{lr_path}: made from {hr_path.name} as it was; {SLICE_AGAIN}")
+
+
+def check_size(hr_path: Path, lr_path: Path) -> None:
+    """Raises ImageError unless an image is `SCALE` times as large as LR, but for a remainder."""
+    for hr_side, lr_side in zip(image_size(hr_path), image_size(lr_path), strict=True):
+        if hr_side // SCALE != lr_side:
+            raise ImageError(f"{hr_path}: is not {SCALE} times the size of {lr_path}; replace it")
 
 
 def check_pair(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import filecmp
+import hashlib
 import math
 import os
 import shutil
@@ -23,11 +24,11 @@ from torchvision.utils import make_grid
 
 from console import UserError, progress, say
 from dataset import CropSampler, PairedTiles, crop_pair, split
-from device import Device, DeviceError, NotFiniteError
+from device import Device, DeviceError, NotFiniteError, is_out_of_memory
 from images import ImageError, check_writable, read_image, replacing
 from metrics import Metrics, mean_of
 from models import WeightError, load_file, save_file, save_network
-from stages import Batch, Recipe, Stage
+from stages import Batch, Recipe, Stage, weight_path
 
 EMA_DECAY = 0.999  # per step
 LOG_EVERY = 20  # steps
@@ -93,6 +94,7 @@ def fit(  # noqa: PLR0912, PLR0915
 
     # Resume, or start afresh
     settings = describe(recipe, options, device, ids, list(held_out), len(dataset))
+    settings |= device.from_first(digests, stage.needs, options)
     arguments = options.resume, settings, options.accept_changes, following
     state = device.from_first(files.begin, *arguments)
     done = Progress(**state["progress"]) if state else Progress()
@@ -217,11 +219,18 @@ def describe(
     values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
     return values | {
+        "precision": str(device.dtype),
         "seed": options.seed,
         "held out": held_out,
         "training images": ids,
         "tiles": tiles,
     }
+
+
+def digests(needs: tuple[str, ...], options: Namespace) -> dict[str, str]:
+    """Returns what to know the weight files by that a stage needs but does not train."""
+    paths = [weight_path(options, name) for name in needs]
+    return {path.name: hashlib.sha1(path.read_bytes()).hexdigest()[:12] for path in paths}
 
 
 # Files ----------------------------------------------------------------------------------------
@@ -597,9 +606,9 @@ def with_remedies() -> Iterator[None]:
     """Turns errors of memory and of data-loading workers into ones that name the remedy."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceError("The GPU's memory is full; give a smaller --batch-size") from error
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise DeviceError("Memory is full; give a smaller --batch-size") from error
         if "DataLoader worker (pid" not in str(error):  # an error in one names it otherwise
             raise
         raise DeviceError(

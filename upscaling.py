@@ -17,12 +17,13 @@ from images import (
     check_writable,
     read_image,
     read_photo,
+    read_stamp,
     write_image,
     write_png,
 )
 from inference import Enlarger
 from models import Generator
-from tiles import FOREIGN, SCALE
+from tiles import FOREIGN, SCALE, edges_stamp, source_stamp
 
 ENDING, PREVIEW = f"_x{SCALE}", "_preview"  # of the names of results
 DETAIL, GAP, CAPTION = 192, 8, 20  # pixels of a sheet, which GitHub shows at 100 %
@@ -74,24 +75,26 @@ def find_jobs(paths: list[Path], options: Namespace) -> tuple[list[Job], list[st
 def images_in(folder: Path, options: Namespace) -> tuple[list[Path], list[Path]]:
     """Returns a folder's images, without earlier results, and its images of foreign formats."""
     files = sorted(folder.rglob("*") if options.recursive else folder.iterdir())
-    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in files if not (path.is_dir() or path.name.startswith("."))]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     stems = {path.with_suffix("") for path in images}
+    output = options.output and options.output.resolve()
     found = []
     for path in images:
-        plain = path.with_name(path.stem.removesuffix(PREVIEW).removesuffix(ENDING))
-        in_output = options.output and path.is_relative_to(options.output)
-        if path.stem == plain.name or not (plain in stems or in_output):
+        plain = path.stem.removesuffix(PREVIEW).removesuffix(ENDING)
+        in_output = output and path.resolve().is_relative_to(output)
+        if plain in ("", path.stem) or not (path.parent / plain in stems or in_output):
             found.append(path)
     return found, [path for path in files if path.suffix.lower() in FOREIGN]
 
 
 def upscale_all(
-    jobs: list[Job], enlarger: Enlarger, options: Namespace
+    jobs: list[Job], enlarger: Enlarger, weights: str, options: Namespace
 ) -> tuple[int, int, int, list[str]]:
-    """Enlarges images; of several, those whose results are there already are left.
+    """Enlarges images whose results are not there already, from the same image and weights.
 
     Args:
+        weights: the part of the results' stamps that names weights and precision.
         options: `overwrite`, `edges` and `preview` of the command line.
 
     Returns:
@@ -102,16 +105,14 @@ def upscale_all(
     with progress(total=len(jobs), desc="Upscaling", bar_format=PARTS_BAR) as bar:
         for count, (path, result) in enumerate(jobs):
             bar.update(count - bar.n)
-            if len(jobs) > 1 and result.exists() and not options.overwrite:
-                present += 1
-                continue
             try:
-                hr = upscale_one(path, result, enlarger, options, bar.update)
+                new_pixels = upscale_one(path, result, enlarger, weights, options, bar.update)
             except ONE_IMAGE_ERRORS as error:
                 problems.append(problem(path, error))
                 continue
-            made += 1
-            pixels += hr.shape[0] * hr.shape[1]
+            made += new_pixels > 0
+            present += new_pixels == 0
+            pixels += new_pixels
         bar.update(len(jobs) - bar.n)
     return made, present, pixels, problems
 
@@ -120,16 +121,26 @@ def upscale_one(
     path: Path,
     result: Path,
     enlarger: Enlarger,
+    weights: str,
     options: Namespace,
     on_progress: Callable[[float], object],
-) -> np.ndarray:
-    """Enlarges one image; returns the result.
+) -> int:
+    """Enlarges one image; returns how many pixels were made, 0 if the result was there already.
 
     Raises:
-        ImageError: the image cannot be read, or the result is there already.
+        ImageError: the image cannot be read, or something else is where the result is to go.
     """
-    if result.exists() and not options.overwrite:
-        raise ImageError(f"{result}: is there already; give --overwrite to replace it")
+    sheet = result.with_name(f"{result.stem}{PREVIEW}.png")
+    targets = [result, sheet] if options.preview else [result]
+    stamp = f"{source_stamp(path)} | {weights}{edges_stamp(options.edges)}"
+    there = [target for target in targets if target.exists()]
+    if not options.overwrite and there == targets and read_stamp(result) == stamp:
+        return 0
+    for target in there:
+        if target.samefile(path):
+            raise ImageError(f"{target}: is the image itself; give another --output")
+        if not options.overwrite:
+            raise ImageError(f"{target}: is there already; give --overwrite to replace it")
     photo = read_photo(path)
     edges = read_edges(options.edges, photo.rgb) if options.edges else None
     check_writable(result.parent)
@@ -137,15 +148,14 @@ def upscale_one(
     if options.preview and with_edges and edges is None:
         edges = enlarger.predict_edges(photo.rgb)
     hr = enlarger(photo.rgb, edges, on_progress)
-    for note in photo.notes + write_image(result, hr, photo):
+    for note in photo.notes + write_image(result, hr, photo, stamp):
         warn(f"{path}: {note}")
     if options.preview:
         cells = [("bicubic", bicubic(photo.rgb, SCALE)), ("Edge.SRGAN", hr)]
         if with_edges:
             cells.insert(1, ("edges", drawn(edges)))
-        sheet = result.with_name(f"{result.stem}{PREVIEW}.png")
         write_png(sheet, draw_sheet([cells], [(0.5, 0.5)]))
-    return hr
+    return hr.shape[0] * hr.shape[1]
 
 
 def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:

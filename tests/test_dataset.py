@@ -111,6 +111,19 @@ def test_missing_tiles_are_refused(tmp_path):
         PairedTiles(tmp_path, [], 24)
 
 
+def test_images_without_tiles_or_partner_are_named_not_passed_over(tmp_path):
+    for number in range(2):
+        save(tmp_path / TRAINING / HR, f"{number}.png", photograph(number)[:64, :64])
+    (tmp_path / TEST).mkdir()
+    slice_images_w_overlapping.main(["--root", str(tmp_path), "--tiles", "1"])
+    assert split(tmp_path, 0)[0] == ["0", "1"]
+    for size in (HR, LR):
+        save(tmp_path / TRAINING / size, "2.png", photograph(2)[:64, :64])
+        with pytest.raises(ImageError, match=rf"{size}.2\.png: .*slice_images_w_overlapping"):
+            split(tmp_path, 0)
+        (tmp_path / TRAINING / size / "2.png").unlink()
+
+
 def test_non_square_grids_pair_rows_with_rows(tmp_path):
     hr = photograph(1)[:192, :384]
     save(tmp_path / TRAINING / HR, "wide.png", hr)

@@ -439,6 +439,27 @@ def test_images_too_large_for_a_format_are_named_with_another(tmp_path, suffix):
             assert image_size(path) == (1, side)
 
 
+def test_exif_text_is_kept_to_the_byte(tmp_path):
+    exif = Image.Exif()
+    texts = {270: "Café Straße".encode(), 315: "Jürgen".encode("latin-1"), 33432: b"(c) me"}
+    for tag, text in texts.items():
+        exif[tag] = text
+    exif[0x8769] = {0x9003: "2021:05:01 12:00:00"}
+    photo = read_photo(save(tmp_path / "a.jpg", PHOTO, exif=exif.tobytes()))
+    for suffix in images.RESULTS:
+        path = tmp_path / f"b{suffix}"
+        write_image(path, enlarged(photo), photo)
+        with Image.open(path) as result:
+            found = result.getexif()
+            assert {tag: found[tag].encode("latin-1") for tag in texts} == texts, suffix
+            assert found.get_ifd(0x8769)[0x9003] == "2021:05:01 12:00:00"
+
+
+def test_a_tiff_without_resolution_gets_none(tmp_path):
+    assert read_photo(save(tmp_path / "a.tif", PHOTO)).dpi is None
+    assert read_photo(save(tmp_path / "b.tif", PHOTO, dpi=(300, 300))).dpi == (300, 300)
+
+
 # What is carried ------------------------------------------------------------------------------
 
 

@@ -346,6 +346,19 @@ def test_edges_that_are_there_are_the_users_own(root, ckpts, capsys):
     assert "Edges predicted: 1 image, 2 there already, in" in capsys.readouterr().out
 
 
+def test_edges_of_an_image_replaced_since_are_named(root, ckpts, capsys):
+    test_all(root, ckpts, name="edges")
+    path = lr_image(root, 1)
+    save(path.parent, path.name, read_image(path)[::-1])
+    slice_all(root)
+    for name, more in (("edges", ()), ("test", ("--edges", output(root) / main.EDGES))):
+        (line,) = left_out(fails(capsys, test_all, root, ckpts, *more, name=name))
+        assert "edges/1.png" in line and "remove it" in line
+    (output(root) / main.EDGES / "1.png").unlink()
+    test_all(root, ckpts, name="edges")
+    test_all(root, ckpts, "--edges", output(root) / main.EDGES)
+
+
 # Evaluation -----------------------------------------------------------------------------------
 
 
@@ -367,6 +380,12 @@ def test_missing_joined_image_is_named_and_the_others_compared(evaluated, capsys
     (line,) = left_out(fails(capsys, evaluate, evaluated))
     assert "image_600px_0.png" in line and "join_slice_images.py" in line
     assert rows(evaluated) == ["1", "mean"]
+
+
+def test_a_copy_of_a_joined_image_is_not_in_its_way(evaluated):
+    Image.open(joined(evaluated, 0)).convert("RGB").save(joined(evaluated, 0).with_suffix(".jpg"))
+    evaluate(evaluated)
+    assert rows(evaluated) == ["0", "1", "mean"]
 
 
 def test_joined_image_of_an_image_replaced_since_is_not_compared(evaluated, capsys):
@@ -620,13 +639,15 @@ def test_help_shows_every_default(capsys, monkeypatch):
         *(["--device", "tpu"], ["--precision", "fp8"], ["--stage", "All"]),
         *(["--root", "nowhere"], ["dance"], ["test", "image.png"]),
         ["--epochs", "1", "--steps", "1"],
+        *(["train", "--fast"], ["edges", "--generator", "a.pth"], ["test", "--output", "a"]),
     ],
     ids=" ".join,
 )
 def test_odd_values_are_refused_by_the_parser(capsys, given):
     status, printed = shown(capsys, *given)
     assert status == 2
-    assert given[0].lstrip("-") in printed.err.splitlines()[-1] or given[-1] in printed.err
+    words = [each for each in given if each.startswith("-")] or given
+    assert words[0].lstrip("-") in printed.err.splitlines()[-1] or given[-1] in printed.err
 
 
 @pytest.mark.parametrize("given", [["--jpeg", "0.00"], ["--jpeg", "1"], ["--held-out", "0"]])

@@ -938,11 +938,26 @@ def test_ctrl_c_is_acknowledged_at_once(folder, options, monkeypatch, capfd):
     assert "once more to stop at once" in seen[0]
 
 
+def test_resuming_with_another_edge_generator_or_precision_is_refused(folder, options, refused):
+    given = options("pretrain", folder, "--stage", "PreModel", "--steps")
+    command(*given, 1)
+    line = refused(*given, 2, "--resume", "--precision", "bf16")
+    assert "precision torch.float32 -> torch.bfloat16" in line
+    save_network(EdgeGenerator(4, 2), folder / "EdgeModel_gen.pth")
+    assert "EdgeModel_gen.pth" in refused(*given, 2, "--resume")
+
+
 def test_full_memory_names_the_option_to_lower(folder, options, refused, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(SRResNetModel, "losses", fail)
+    assert "--batch-size" in refused(*options("pretrain", folder))
+
+    def fail_on_the_cpu(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(SRResNetModel, "losses", fail_on_the_cpu)
     assert "--batch-size" in refused(*options("pretrain", folder))
 
     def killed(*_):

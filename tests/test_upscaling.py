@@ -150,6 +150,62 @@ def test_nothing_is_overwritten_unasked(upscale, tmp_path):
     assert Image.open(tmp_path / "a_x4.png").size == (4 * SIDE, 4 * SIDE)
 
 
+def test_a_preview_overwrites_nothing_unasked(upscale, tmp_path):
+    image().save(tmp_path / "cat_preview.png")
+    before = (tmp_path / "cat_preview.png").read_bytes()
+    given = [tmp_path / "cat_preview.png", "--output", tmp_path / "cat.png", "--preview", "--fast"]
+    for more in ([], ["--overwrite"]):  # its own image not even then
+        status, printed = upscale(*given, *more)
+        assert status == 1 and "cat_preview.png" in printed
+        assert (tmp_path / "cat_preview.png").read_bytes() == before
+        assert not (tmp_path / "cat.png").exists()
+    (tmp_path / "notes_preview.png").write_text("mine")
+    image().save(tmp_path / "a.png")
+    assert upscale(tmp_path / "a.png", "--output", tmp_path / "notes.png", "--preview")[0] == 1
+    assert (tmp_path / "notes_preview.png").read_text() == "mine"
+
+
+def test_only_results_of_the_same_image_and_weights_are_there_already(upscale, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        image(folder == "two").save(tmp_path / folder / "a.png")
+    output = ["--output", tmp_path / "large"]
+    assert upscale(tmp_path / "one", *output)[0] == 0
+    status, printed = upscale(tmp_path / "one", *output)
+    assert status == 0 and "1 there already" in printed
+    for other in (
+        [tmp_path / "two"],
+        [tmp_path / "one", "--fast"],
+        [tmp_path / "one", "--preview"],
+    ):
+        status, printed = upscale(*other, *output)
+        assert status == 1 and "--overwrite" in printed
+    image(2).save(tmp_path / "one" / "a.png")
+    assert upscale(tmp_path / "one", *output)[0] == 1
+    assert upscale(tmp_path / "one", *output, "--overwrite")[0] == 0
+
+
+def test_results_inside_the_folder_are_known_however_it_is_spelled(upscale, tmp_path, monkeypatch):
+    album = tmp_path / "album"
+    album.mkdir()
+    image().save(album / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        given = [album, "--recursive", "--output", "album/big", "--fast"]
+        assert upscale(*given)[0] == 0
+    assert [path.name for path in album.rglob("*_x4*")] == ["a_x4.png"]
+
+
+def test_odd_names_cost_no_other_image(upscale, tmp_path):
+    for name in ("_preview.png", "_x4.png", "n" * 249 + ".png", "z.png"):
+        image().save(tmp_path / name)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    status, printed = upscale(tmp_path, "--fast")
+    assert status == 1 and "nnn_x4.png" in printed and "gone.png" in printed
+    made = {path.name for path in tmp_path.glob("*_x4.png")}
+    assert made == {"_x4.png", "_preview_x4.png", "_x4_x4.png", "z_x4.png"}
+
+
 def test_edges_can_be_given(upscale, tmp_path):
     image().save(tmp_path / "a.png")
     results = []
