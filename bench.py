@@ -75,7 +75,8 @@ def main() -> None:
             plain_device = Device(torch.device(choose_kind(options.device)))
             print(json.dumps(STAGES[options.measure](plain_device, True)))
         else:
-            with open_device(options.device, options.precision) as device:
+            training = options.measure == "training step"
+            with open_device(options.device, options.precision, training) as device:
                 print(json.dumps(STAGES[options.measure](device, False)))
         return
 

@@ -43,6 +43,7 @@ class Device:
     dtype: torch.dtype = torch.float32  # of the networks' arithmetic; weights and losses: float32
     rank: int = 0
     world: int = 1
+    layout: torch.memory_format = torch.channels_last  # of images and of convolutions' weights
 
     def autocast(self) -> torch.autocast:
         """Returns the context to run networks in."""
@@ -53,14 +54,14 @@ class Device:
 
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network to the device, in the memory layout convolutions are fastest in."""
-        return network.to(self.torch_device, memory_format=torch.channels_last)
+        return network.to(self.torch_device, memory_format=self.layout)
 
     def send(self, tensor: Tensor) -> Tensor:
         """Copies a tensor to the device without waiting; uint8 becomes float32 in [0, 1]."""
         tensor = tensor.to(self.torch_device, non_blocking=True)
         if tensor.dtype == torch.uint8:
             tensor = tensor / 255
-        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        return tensor.contiguous(memory_format=self.layout) if tensor.ndim == 4 else tensor
 
     def tune_kernels(self, enabled: bool) -> None:
         """Lets cuDNN time its kernels for every new shape, which pays off where shapes repeat."""
@@ -151,6 +152,8 @@ def open_device(
     else:
         place = torch.device(kind)
     dtype = choose_precision(kind, precision, training, quiet=rank > 0)
+    slow_backwards = kind == "cpu" and dtype == torch.float32  # in channels-last
+    layout = torch.contiguous_format if slow_backwards and training else torch.channels_last
     keep_freed_memory()
     if not training:
         keep_few_kernels()
@@ -159,7 +162,7 @@ def open_device(
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
     try:
-        yield Device(place, dtype, rank, world)
+        yield Device(place, dtype, rank, world, layout)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -9,6 +9,7 @@ from device import (
     DeviceError,
     choose_kind,
     choose_precision,
+    open_device,
     threads_per_process,
     to_image,
 )
@@ -141,6 +142,21 @@ def test_networks_and_images_are_in_the_layout_that_convolutions_are_fastest_in(
     sent = CPU.send(torch.zeros(2, 3, 5, 6, dtype=torch.uint8))
     assert sent.is_contiguous(memory_format=torch.channels_last)
     assert placed.trunk(sent).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("precision", "training", "layout"),
+    [
+        ("fp32", True, torch.contiguous_format),  # channels-last is slower backwards
+        ("fp32", False, torch.channels_last),
+        ("bf16", True, torch.channels_last),
+    ],
+)
+def test_layout_on_a_cpu(precision, training, layout):
+    with open_device("cpu", precision, training) as device:
+        weight = device.place(Generator(8, 4)).conv2.weight
+        sent = device.send(torch.zeros(2, 3, 5, 6, dtype=torch.uint8))
+    assert weight.is_contiguous(memory_format=layout) and sent.is_contiguous(memory_format=layout)
 
 
 def test_an_output_that_is_not_a_number_is_no_image():
