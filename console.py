@@ -41,7 +41,7 @@ REMEDIES = {
 class UserError(Exception):
     """Something the user can fix; the message is one line with the file and the remedy."""
 
-    in_all_processes = True  # of torchrun, so that one of them need say it
+    in_all_processes = True  # raised in every process of torchrun, so the first one says it
 
 
 class StorageError(UserError):
