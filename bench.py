@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("--measure", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    choose_kind(options.device)  # or say at once that there is none
     if options.measure:
         if options.plain:  # without what `open_device` does for speed
             plain_device = Device(torch.device(choose_kind(options.device)))
@@ -80,6 +79,7 @@ def main() -> None:
                 print(json.dumps(STAGES[options.measure](device, False)))
         return
 
+    choose_kind(options.device)  # or say at once that there is none
     rounds = [(stage, plain) for stage in STAGES for plain in (True, False)] * options.repeats
     found: dict[tuple[str, bool], list[dict]] = {}
     for stage, plain in progress(rounds, "Measuring"):

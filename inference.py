@@ -67,7 +67,7 @@ class Windows:
         if self.render <= SMALLEST_WINDOW:
             raise DeviceError(
                 "Memory is too small even for the smallest windows; end other programs that use"
-                " it, or leave a GPU alone with --device cpu"
+                " it or, on a GPU, give --device cpu"
             )
         return Windows(self.edges // 2, self.trunk // 2, self.render // 2)
 

@@ -10,7 +10,6 @@ Commands: train_edges, pretrain, train, test, edges, evaluate, upscale.
 
 import argparse
 import csv
-import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +33,7 @@ from console import (
     say,
     seed,
 )
-from device import Device, open_device, processor_share
+from device import open_device, processor_share
 from images import (
     ONE_IMAGE_ERRORS,
     ImageError,
@@ -46,7 +45,7 @@ from images import (
 )
 from inference import Enlarger
 from metrics import Metrics, against_bicubic, mean_of, print_table
-from models import EdgeGenerator, WeightError, load_network
+from models import EdgeGenerator, WeightError, digest, load_network
 from stages import (
     EdgeModel,
     EdgePreModel,
@@ -133,7 +132,7 @@ def check_weights(stages: list[type[Stage]], options: argparse.Namespace) -> Non
         start = "" if options.init and stage is stages[0] else stage.starts_from
         for name in {start, *stage.needs} - there:
             if not weight_path(options, name).exists():
-                command = next(c for c in STAGES if name in [stage.name for stage in STAGES[c]])
+                command = next(c for c in STAGES if name in [each.name for each in STAGES[c]])
                 raise WeightError(
                     f"{weight_path(options, name)}: missing, but {stage.name} needs it;"
                     f" `python main.py {command}` trains it"
@@ -160,9 +159,9 @@ def test(options: argparse.Namespace | None = None) -> None:
         )
     tiles, output = find_tiles(folder / TILES), find_tiles(folder / OUTPUT)
     check_writable(folder / OUTPUT)
+    networks = weight_paths(options)
     with open_device(options.device, options.precision) as device, ThreadPoolExecutor(1) as writer:
-        enlarger = Enlarger.load(*weight_paths(options), device)
-        weights = digest(*weight_paths(options), device)
+        enlarger, weights = Enlarger.load(*networks, device), f"{digest(*networks)} {device.dtype}"
         names = list(images)[device.rank :: device.world]
         problems = problems if device.rank == 0 else []
         made, present = 0, 0
@@ -283,10 +282,9 @@ def upscale(*images: str, options: argparse.Namespace | None = None) -> None:
     if not paths:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
     start = time.monotonic()
-    jobs, problems = find_jobs(paths, options)
+    (jobs, problems), networks = find_jobs(paths, options), weight_paths(options)
     with open_device(options.device, options.precision) as device:
-        enlarger = Enlarger.load(*weight_paths(options), device)
-        weights = digest(*weight_paths(options), device)
+        enlarger, weights = Enlarger.load(*networks, device), f"{digest(*networks)} {device.dtype}"
         made, present, pixels, more_problems = upscale_all(jobs, enlarger, weights, options)
     seconds = time.monotonic() - start
     if made:
@@ -306,12 +304,6 @@ def weight_paths(options: argparse.Namespace) -> tuple[Path, Path]:
         raise UserError("--fast is the SRResNet, without edges; leave out one or the other")
     generator = weight_path(options, "SRResNet" if options.fast else "SRModel")
     return options.generator or generator, weight_path(options, "EdgeModel")
-
-
-def digest(generator: Path, edge_generator: Path, device: Device) -> str:
-    """Returns the part of a stamp that names weights and precision."""
-    files = [path.read_bytes() for path in (generator, edge_generator) if path.exists()]
-    return f"{hashlib.sha1(b''.join(files)).hexdigest()} {device.dtype}"
 
 
 # Evaluation -----------------------------------------------------------------------------------

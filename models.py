@@ -8,6 +8,7 @@ Images and edges enter and leave every network in [0, 1], float. LR images are (
 images (N, 3, 4H, 4W), LR edges (N, 1, H, W), HR edges (N, 1, 4H, 4W).
 """
 
+import hashlib
 import re
 from collections.abc import Iterable
 from itertools import pairwise
@@ -337,6 +338,11 @@ def to_half(value: Tensor) -> Tensor:
         return value
     half = value.half()
     return half if half.isfinite().all() else value
+
+
+def digest(*paths: Path) -> str:
+    """Returns by which to know the content of weight files again; missing ones are left out."""
+    return hashlib.sha1(b"".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
 
 
 def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import filecmp
-import hashlib
 import math
 import os
 import shutil
@@ -27,7 +26,7 @@ from dataset import CropSampler, PairedTiles, crop_pair, split
 from device import Device, DeviceError, NotFiniteError, is_out_of_memory
 from images import ImageError, check_writable, read_image, replacing
 from metrics import Metrics, mean_of
-from models import WeightError, load_file, save_file, save_network
+from models import WeightError, digest, load_file, save_file, save_network
 from stages import Batch, Recipe, Stage, weight_path
 
 EMA_DECAY = 0.999  # per step
@@ -94,7 +93,7 @@ def fit(  # noqa: PLR0912, PLR0915
 
     # Resume, or start afresh
     settings = describe(recipe, options, device, ids, list(held_out), len(dataset))
-    settings |= device.from_first(digests, stage.needs, options)
+    settings |= device.from_first(digests, [weight_path(options, name) for name in stage.needs])
     arguments = options.resume, settings, options.accept_changes, following
     state = device.from_first(files.begin, *arguments)
     done = Progress(**state["progress"]) if state else Progress()
@@ -227,10 +226,9 @@ def describe(
     }
 
 
-def digests(needs: tuple[str, ...], options: Namespace) -> dict[str, str]:
-    """Returns what to know the weight files by that a stage needs but does not train."""
-    paths = [weight_path(options, name) for name in needs]
-    return {path.name: hashlib.sha1(path.read_bytes()).hexdigest()[:12] for path in paths}
+def digests(paths: list[Path]) -> dict[str, str]:
+    """Returns the digests of weight files by name, short enough for a message."""
+    return {path.name: digest(path)[:12] for path in paths}
 
 
 # Files ----------------------------------------------------------------------------------------

@@ -134,13 +134,13 @@ def upscale_one(
     targets = [result, sheet] if options.preview else [result]
     stamp = f"{source_stamp(path)} | {weights}{edges_stamp(options.edges)}"
     there = [target for target in targets if target.exists()]
-    if not options.overwrite and there == targets and read_stamp(result) == stamp:
-        return 0
     for target in there:
         if target.samefile(path):
             raise ImageError(f"{target}: is the image itself; give another --output")
-        if not options.overwrite:
+        if not options.overwrite and read_stamp(target) != stamp:
             raise ImageError(f"{target}: is there already; give --overwrite to replace it")
+    if there == targets and not options.overwrite:
+        return 0
     photo = read_photo(path)
     edges = read_edges(options.edges, photo.rgb) if options.edges else None
     check_writable(result.parent)
@@ -154,7 +154,7 @@ def upscale_one(
         cells = [("bicubic", bicubic(photo.rgb, SCALE)), ("Edge.SRGAN", hr)]
         if with_edges:
             cells.insert(1, ("edges", drawn(edges)))
-        write_png(sheet, draw_sheet([cells], [(0.5, 0.5)]))
+        write_png(sheet, draw_sheet([cells], [(0.5, 0.5)]), stamp)
     return hr.shape[0] * hr.shape[1]
 
 

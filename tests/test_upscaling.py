@@ -173,13 +173,17 @@ def test_only_results_of_the_same_image_and_weights_are_there_already(upscale, t
     assert upscale(tmp_path / "one", *output)[0] == 0
     status, printed = upscale(tmp_path / "one", *output)
     assert status == 0 and "1 there already" in printed
-    for other in (
-        [tmp_path / "two"],
-        [tmp_path / "one", "--fast"],
-        [tmp_path / "one", "--preview"],
-    ):
+    for other in ([tmp_path / "two"], [tmp_path / "one", "--fast"]):
         status, printed = upscale(*other, *output)
         assert status == 1 and "--overwrite" in printed
+    before = (tmp_path / "large" / "a_x4.png").read_bytes()
+    sheet = tmp_path / "large" / "a_x4_preview.png"
+    assert upscale(tmp_path / "one", "--preview", *output)[0] == 0  # only the sheet was missing
+    assert sheet.exists() and (tmp_path / "large" / "a_x4.png").read_bytes() == before
+    assert "1 there already" in upscale(tmp_path / "one", "--preview", *output)[1]
+    image().save(sheet)
+    status, printed = upscale(tmp_path / "one", "--preview", *output)
+    assert status == 1 and sheet.name in printed
     image(2).save(tmp_path / "one" / "a.png")
     assert upscale(tmp_path / "one", *output)[0] == 1
     assert upscale(tmp_path / "one", *output, "--overwrite")[0] == 0
