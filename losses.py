@@ -1,5 +1,6 @@
 """Every loss term of every training, and its weight."""
 
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -54,6 +55,8 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 # HR generator: Edge.SRGAN ---------------------------------------------------------------------
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
+# Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
+TEXTURE_L1_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 10, 0.1
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
 
 
@@ -68,25 +71,56 @@ def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -
     Args:
         sr, hr: generated image and ground truth, (N, 3, H, W) in [0, 1], float32.
         perceptual: of `PerceptualLoss`.
-        on_sr: (N,) the discriminator's answers to `sr`, in [0, 1].
+        on_sr: (N,) logits of the discriminator for `sr`.
     """
     return {
         "l1": RANGE * F.l1_loss(sr, hr),
         "perceptual": PERCEPTUAL_WEIGHT * perceptual,
         "ssim": 1 - original_ssim(sr, hr),
-        "adversarial": ADVERSARIAL_WEIGHT * cross_entropy(on_sr, torch.ones_like(on_sr)),
+        "adversarial": ADVERSARIAL_WEIGHT * real_or_fake(on_sr, torch.ones_like(on_sr)),
     }
+
+
+def texture_terms(
+    sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor, on_hr: Tensor
+) -> dict[str, Tensor]:
+    """Returns the weighted terms of the generator's loss in ESRGAN (arXiv 1809.00219, eq. 3).
+
+    Args:
+        sr, hr: generated image and ground truth, (N, 3, H, W) in [0, 1], float32.
+        perceptual: of `PerceptualLoss`.
+        on_sr, on_hr: (N,) logits of the discriminator.
+    """
+    return {
+        "l1": TEXTURE_L1_WEIGHT * F.l1_loss(sr, hr),
+        "perceptual": perceptual,
+        "adversarial": TEXTURE_ADVERSARIAL_WEIGHT * relativistic(on_sr, on_hr),
+    }
+
+
+def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
+    """Returns ESRGAN's relativistic average loss (eq. 1 and 2) of two (N,) logits.
+
+    It asks for one side to look more real than the mean of the other. The discriminator's takes
+    (HR, SR), the generator's (SR, HR).
+    """
+    above, below = more_real - less_real.mean(), less_real - more_real.mean()
+    on_real, on_fake = torch.ones_like(above), torch.zeros_like(below)
+    return (real_or_fake(above, on_real) + real_or_fake(below, on_fake)) / 2
+
+
+real_or_fake = F.binary_cross_entropy_with_logits
 
 
 def discriminator_loss(on_hr: Tensor, on_sr: Tensor, softness: Tensor) -> Tensor:
     """Returns binary cross-entropy against soft labels: true in [0.7, 1], generated in [0, 0.3].
 
     Args:
-        on_hr, on_sr: (N,) the discriminator's answers, in [0, 1].
+        on_hr, on_sr: (N,) logits of the discriminator.
         softness: (N, 2) random numbers in [0, 1), one for every label.
     """
     hr_label, sr_label = 1 - 0.3 * softness[:, 0], 0.3 * softness[:, 1]
-    return cross_entropy(on_hr, hr_label) + cross_entropy(on_sr, sr_label)
+    return real_or_fake(on_hr, hr_label) + real_or_fake(on_sr, sr_label)
 
 
 class PerceptualLoss(nn.Module):
@@ -94,12 +128,22 @@ class PerceptualLoss(nn.Module):
 
     Args:
         state: of `vgg_state`.
+        distance: of two tensors of features.
+        smooth: pool without aliasing, by `L2Pool`.
     """
 
-    def __init__(self, state: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        state: dict[str, Tensor],
+        distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        smooth: bool = False,
+    ) -> None:
         super().__init__()
-        self.features = vgg_features()
+        self.features, self.distance = vgg_features(), distance
         self.features.load_state_dict(state, assign=True)
+        for i, layer in enumerate(self.features):
+            if smooth and isinstance(layer, nn.MaxPool2d):
+                self.features[i] = L2Pool()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -108,10 +152,20 @@ class PerceptualLoss(nn.Module):
         """Returns a scalar, from images (N, 3, H, W) in [0, 1]; no gradient reaches `hr`."""
         with torch.no_grad():
             target = self._features(hr)
-        return F.mse_loss(self._features(sr).float(), target.float())
+        return self.distance(self._features(sr).float(), target.float())
 
     def _features(self, image: Tensor) -> Tensor:
         return self.features((image - self.mean) / self.std)
+
+
+class L2Pool(nn.Module):
+    """The root of the blurred square, at half the size (Ding et al., DISTS, arXiv 2004.07728)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        line = x.new_tensor([0.25, 0.5, 0.25])
+        kernel = (line[:, None] * line).expand(x.shape[1], 1, 3, 3)
+        blurred = F.conv2d(x * x, kernel, stride=2, padding=1, groups=x.shape[1])
+        return (blurred + 1e-6).sqrt()
 
 
 def vgg_features() -> nn.Sequential:

@@ -51,6 +51,7 @@ from stages import (
     EdgePreModel,
     EdgeStageModel,
     PreModel,
+    SRGANModel,
     SRModel,
     SRResNetModel,
     Stage,
@@ -88,7 +89,7 @@ EDGES = "edges"  # folder of the predicted edges, in OUTPUT
 STAGES = {  # of each command that trains
     "train_edges": (EdgePreModel, EdgeModel),
     "pretrain": (SRResNetModel, EdgeStageModel, PreModel),
-    "train": (SRModel,),
+    "train": (SRModel, SRGANModel),
 }
 
 

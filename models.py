@@ -315,8 +315,8 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 1, padding=1))
 
     def forward(self, hr: Tensor) -> Tensor:
-        """Returns the (N,) probability of being real, in [0, 1], float32."""
-        return torch.sigmoid(self.layers(2 * hr - 1).float().mean(dim=(1, 2, 3)))
+        """Returns the (N,) logits of being real, float32."""
+        return self.layers(2 * hr - 1).float().mean(dim=(1, 2, 3))
 
 
 # Weight files ---------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ from losses import (
     generator_terms,
     hinge_discriminator,
     hinge_generator,
+    relativistic,
     squared_error,
+    texture_terms,
     vgg_state,
 )
 from metrics import Metrics, compare, compare_edges, precision_recall
@@ -72,7 +74,7 @@ class Recipe:
     trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'; 0 freezes it
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     schedule: Callable[[int, "Recipe"], float] = halving
-    frozen_norms: bool = False  # batch norms of the generator keep their statistics
+    live_norms: float = 0.85  # share of the steps before the generator's batch norms are frozen
     color: bool = False  # vary colours, besides flips and quarter turns
     jpeg: float = 0.0  # probability that an LR crop passes through JPEG
     edges: tuple[str, ...] = ("lr", "hr")  # Canny edges the losses need
@@ -113,11 +115,13 @@ class Stage:
     def add(self, key: str, network: nn.Module) -> nn.Module:
         """Makes a network one of the stage's own; returns it."""
         self.networks[key] = self.device.place(network).train()
-        if key == "gen" and self.recipe.frozen_norms:
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
         return network
+
+    def freeze_norms(self) -> None:
+        """Has the generator's batch norms keep their statistics, as they will when it is used."""
+        for module in self.networks["gen"].modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
 
     def parameter_groups(self, key: str) -> list[dict]:
         """Returns a network's groups for Adam, each with its `factor` of the learning rate."""
@@ -262,6 +266,7 @@ class SRResNetModel(Stage):
         learning_rate=4e-4,
         betas=(0.9, 0.99),
         schedule=cosine,
+        jpeg=0.5,
         edges=(),
     )
     best_by = "SSIM"
@@ -285,6 +290,43 @@ class SRResNetModel(Stage):
         with self.device.autocast():
             sr = network(batch["lr"])
         return {"LR, generated, HR": [nearest(batch["lr"]), sr, batch["hr"]]}
+
+
+class SRGANModel(SRResNetModel):
+    """The SRResNet against the discriminator, by ESRGAN's losses: it paints texture."""
+
+    name = "SRGAN"
+    starts_from = "SRResNet"
+    recipe = Recipe(
+        steps=20_000,
+        crops=(32, 32),
+        learning_rate=1e-4,
+        betas=(0.9, 0.99),
+        schedule=cosine,
+        live_norms=0,
+        jpeg=0.5,
+        edges=(),
+    )
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
+        self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
+        state = device.from_first(vgg_state, options.vgg)
+        self.perceptual = device.place(PerceptualLoss(state, F.l1_loss, smooth=True))
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        hr = batch["hr"]
+        with self.device.autocast():
+            sr = self.generator(batch["lr"])
+            on_hr, on_detached = self.discriminator(hr), self.discriminator(sr.detach())
+            with frozen(self.discriminator):
+                on_sr = self.discriminator(sr)
+            perceptual = self.perceptual(sr, hr)
+        terms = texture_terms(sr, hr, perceptual, on_sr, on_hr.detach())
+        return {"gen": terms, "dis": {"relativistic": relativistic(on_hr, on_detached)}}, {
+            "discriminator/hr": on_hr.mean(),
+            "discriminator/sr": on_detached.mean(),
+        }
 
 
 class PreModel(Stage):
@@ -408,7 +450,7 @@ class SRModel(PreModel):
         steps=250_000,
         crops=(16, 31),
         accumulate=2,
-        frozen_norms=True,  # crops are recoloured, images are not
+        live_norms=0,  # crops are recoloured, images are not
         color=True,
         jpeg=0.5,
         true_edges=0.5,
@@ -428,8 +470,8 @@ class SRModel(PreModel):
                 on_sr = self.discriminator(sr)
             perceptual = self.perceptual(sr, hr)
         terms = generator_terms(sr, hr, perceptual, on_sr)
-        real_or_fake = discriminator_loss(on_hr, on_detached, batch["softness"])
-        return {"gen": terms, "dis": {"cross-entropy": real_or_fake}}, {
+        cross_entropy = discriminator_loss(on_hr, on_detached, batch["softness"])
+        return {"gen": terms, "dis": {"cross-entropy": cross_entropy}}, {
             "SSIM": 1 - terms["ssim"],
             "discriminator/hr": on_hr.mean(),
             "discriminator/sr": on_detached.mean(),

@@ -160,6 +160,8 @@ def fit(  # noqa: PLR0912, PLR0915
                 raise KeyboardInterrupt(message)
 
             # Step
+            if done.step >= recipe.live_norms * recipe.steps:
+                stage.freeze_norms()
             device.tune_kernels(one_shape)  # validation has set it otherwise
             rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
             for loaded in step_batches:

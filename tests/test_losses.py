@@ -12,6 +12,7 @@ from losses import (
     generator_terms,
     hinge_discriminator,
     hinge_generator,
+    relativistic,
     squared_error,
     vgg_state,
 )
@@ -82,7 +83,7 @@ def test_perceptual_loss_names_a_file_without_vgg(tmp_path, vgg):
 
 def test_generator_loss_has_the_originals_weights_on_its_scale():
     sr, hr = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)  # -1 and 0 there
-    terms = generator_terms(sr, hr, torch.tensor(2.0), torch.tensor([0.5]))
+    terms = generator_terms(sr, hr, torch.tensor(2.0), torch.tensor([0.0]))
     assert terms["l1"] == 1
     assert terms["perceptual"] == pytest.approx(0.012)
     assert terms["adversarial"] == pytest.approx(1e-3 * np.log(2))
@@ -97,11 +98,11 @@ def test_what_is_no_number_is_passed_on(loss):
 
 
 def test_soft_labels_stay_within_their_ranges():
-    on_true, on_generated = torch.tensor([0.9, 0.9]), torch.tensor([0.2, 0.2])
+    on_true, on_generated = torch.tensor([2.0, 2.0]), torch.tensor([-1.5, -1.5])
     softness = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    expected = F.binary_cross_entropy(on_true, torch.tensor([1.0, 0.7]))
-    expected += F.binary_cross_entropy(on_generated, torch.tensor([0.0, 0.3]))
-    assert discriminator_loss(on_true, on_generated, softness) == expected
+    expected = F.binary_cross_entropy(on_true.sigmoid(), torch.tensor([1.0, 0.7]))
+    expected += F.binary_cross_entropy(on_generated.sigmoid(), torch.tensor([0.0, 0.3]))
+    assert discriminator_loss(on_true, on_generated, softness) == pytest.approx(expected.item())
 
 
 def test_a_missing_edge_weighs_four_times_an_invented_one():
@@ -111,3 +112,10 @@ def test_a_missing_edge_weighs_four_times_an_invented_one():
     assert float(edge_cross_entropy(invented, true)) == pytest.approx(
         (4 * np.log(2) + np.log(4)) / 2
     )
+
+
+def test_relativistic_loss_asks_to_look_more_real_than_the_other_side():
+    real, fake = torch.tensor([3.0, 5.0]), torch.tensor([-4.0, -4.0])
+    assert relativistic(real, fake) < 0.01
+    assert relativistic(fake, real) > 5
+    assert relativistic(real, real.flip(0)) == pytest.approx(np.log(2), abs=0.3)
