@@ -1,0 +1,93 @@
+"""Files that appear whole under their name or not at all, and are known again by their content."""
+
+import errno
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from console import StorageError
+
+LOCKED_SECONDS = 2  # how long a virus scanner may hold a file that is to be replaced
+FULL, FORBIDDEN = "free some space and run the same command again", "choose a writable folder"
+REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL}
+REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), FORBIDDEN)
+
+
+@contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Gives a temporary path to write to, which is renamed to `path` when all went well.
+
+    Args:
+        durable: flush the file to disk before it is renamed, so that it outlives a power cut.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        if durable:
+            _flush(temporary)
+        _rename(temporary, path)
+        if durable:
+            with suppress(OSError):  # Windows, and many network file systems, cannot
+                _flush(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
+            raise as_storage_error(error, path.parent) from error
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    deadline = time.monotonic() + LOCKED_SECONDS
+    while True:
+        try:
+            temporary.replace(path)
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCKED_SECONDS / 20)
+        else:
+            return
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder if need be; raises StorageError unless files can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise as_storage_error(error, folder) from error
+
+
+def as_storage_error(error: OSError, folder: Path) -> Exception:
+    """Returns a StorageError if nothing can be written to the folder, else the error itself."""
+    remedy = REMEDIES.get(error.errno)
+    return StorageError(f"{folder}: {error.strerror}; {remedy}") if remedy else error
+
+
+def digest(*paths: Path) -> str:
+    """Returns a digest of the content of files, 16 hexadecimal digits."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
