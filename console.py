@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parent  # where TrainingSet/, TestSet/ and ckpts/ are
 LOG_INTERVAL = 30  # seconds between two states of a bar in a log file
-PARTS_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
 
 
 class UserError(Exception):
@@ -132,9 +132,9 @@ def progress(*args: object, leave: bool = True, disable: bool = False, **options
 
     log = not sys.stderr.isatty()
     disable |= os.environ.get("RANK", "0") != "0" or (log and not leave)
-    interval = {"mininterval": LOG_INTERVAL, "maxinterval": 2 * LOG_INTERVAL} if log else {}
-    file = Output("stderr", lines=log)
-    return tqdm(*args, leave=leave, disable=disable, file=file, **interval, **options)
+    if log:
+        options |= {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL}
+    return tqdm(*args, leave=leave, disable=disable, file=Output("stderr", lines=log), **options)
 
 
 def duration(start: float) -> str:
@@ -147,19 +147,22 @@ def duration(start: float) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that names the nearest option to a mistyped one."""
+    """An argument parser that names the nearest option to a mistyped one.
 
-    def __init__(self, description: str | None, **options: object) -> None:
-        first = (description or "").partition("\n")[0]  # docstrings are None under python -OO
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(
-            description=first, allow_abbrev=False, formatter_class=formatter, **options
-        )
+    Args:
+        doc: a docstring, whose first line is the description; None under `python -OO`.
+    """
+
+    def __init__(self, doc: str | None, **options: object) -> None:
         self.names: list[str] = []
+        super().__init__(description=(doc or "").partition("\n")[0], allow_abbrev=False, **options)
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        """Adds an argument, as argparse does."""
+        """Adds an argument as argparse does; its help shows the default, `shown` if given."""
         self.names += [name for name in names if name.startswith("--")]
+        shown = options.pop("shown", options.get("default"))
+        if shown not in (None, False, argparse.SUPPRESS):
+            options["help"] += f" (default: {shown})"
         return super().add_argument(*names, **options)
 
     def parse_args(
@@ -214,6 +217,20 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
     return Path(text).expanduser()
+
+
+def processor_share(most: int | None = None) -> int:
+    """Returns how many processor cores there are for each process on this machine."""
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(share, most) if most else share
+
+
+def existing_file(text: str) -> Path:
+    """Parses an option that is the path of a file."""
+    file = path(text)
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return file
 
 
 def existing_folder(text: str) -> Path:

@@ -14,15 +14,13 @@ from collections.abc import Callable
 import numpy as np
 import skimage.data
 
-from console import plain_errors, say
-from device import open_device
-from images import bicubic, read_image, write_png
-from inference import Enlarger
-from tiles import HR, JOINED, LR, OUTPUT, ROOT, SCALE, TEST
-from upscaling import Cell, draw_sheet, drawn
+import console
+import images
+from sheets import Cell, draw_edges, draw_sheet
+from tiles import HR, JOINED, LR, OUTPUT, SCALE, TEST
 
-DEMO = ROOT / "demo"
-# How to load each, and the center of its detail on the sheet, as parts of height and width.
+DEMO = console.ROOT / "demo"
+# How to load each, and the center of its detail on the sheet, as fractions of height and width.
 PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
     "astronaut": (skimage.data.astronaut, (0.25, 0.45)),
     "chelsea": (skimage.data.chelsea, (0.40, 0.50)),
@@ -32,28 +30,31 @@ PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
 }
 
 
-def main() -> None:
+def run() -> None:
     """Runs the scripts one after the other, then draws the sheet."""
+    console.Parser(__doc__).parse_args()
     ground_truth = DEMO / TEST / HR
     ground_truth.mkdir(parents=True, exist_ok=True)
     for name, (load, _) in PHOTOGRAPHS.items():
         if not (ground_truth / f"{name}.png").exists():
-            write_png(ground_truth / f"{name}.png", load())
+            images.write_png(ground_truth / f"{name}.png", load())
     run_script("slice_images_w_overlapping.py")
     run_script("main.py", "test")
     run_script("join_slice_images.py")
+    run_script("main.py", "edges")
     run_script("main.py", "evaluate")
     sheet = DEMO / "comparison.png"
-    write_png(sheet, draw_sheet(list(rows()), [center for _, center in PHOTOGRAPHS.values()]))
-    say(f"Look at {sheet}")
+    centers = [center for _, center in PHOTOGRAPHS.values()]
+    images.write_png(sheet, draw_sheet(rows(), centers))
+    console.info(f"Look at {sheet}")
 
 
 def run_script(script: str, *command: str) -> None:
     """Runs one of the scripts on the demo's folder, as a user would."""
     print(f"\n$ python {' '.join([script, *command])} --root {DEMO.name}", flush=True)
-    done = subprocess.run([sys.executable, ROOT / script, *command, "--root", DEMO], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    arguments = [sys.executable, console.ROOT / script, *command, "--root", DEMO]
+    if status := subprocess.run(arguments, check=False).returncode:
+        sys.exit(status)
 
 
 def rows() -> list[list[Cell]]:
@@ -62,20 +63,24 @@ def rows() -> list[list[Cell]]:
     with (folder / OUTPUT / JOINED / "metrics.csv").open(newline="", encoding="utf-8") as file:
         table = {row["image"]: row for row in csv.DictReader(file)}
     found = []
-    with open_device() as device:
-        ckpts = ROOT / "ckpts"
-        enlarger = Enlarger.load(ckpts / "SRModel_gen.pth", ckpts / "EdgeModel_gen.pth", device)
-        for name in PHOTOGRAPHS:
-            lr = read_image(folder / f"{name}.png")
-            sr = read_image(folder / OUTPUT / JOINED / f"candidate_{name}.png")
-            found.append(
-                [
-                    (caption("bicubic", table[name], " bicubic"), bicubic(lr, SCALE)),
-                    ("predicted edges", drawn(enlarger.predict_edges(lr))),
-                    (caption("generated", table[name]), sr),
-                    ("ground truth", read_image(DEMO / TEST / HR / f"{name}.png")),
-                ]
-            )
+    for name in PHOTOGRAPHS:
+        lr, edges, sr, hr = map(
+            images.read_image,
+            (
+                folder / f"{name}.png",
+                folder / OUTPUT / "edges" / f"{name}.png",
+                folder / OUTPUT / JOINED / f"candidate_{name}.png",
+                DEMO / TEST / HR / f"{name}.png",
+            ),
+        )
+        found.append(
+            [
+                (caption("bicubic", table[name], " bicubic"), images.bicubic(lr, SCALE)),
+                ("predicted edges", draw_edges(edges[..., 0])),
+                (caption("generated", table[name]), sr),
+                ("ground truth", hr),
+            ]
+        )
     return found
 
 
@@ -86,5 +91,5 @@ def caption(title: str, row: dict[str, str], suffix: str = "") -> str:
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        main()
+    with console.plain_errors():
+        run()

@@ -15,17 +15,12 @@ from torch import nn
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from device import (
-    Device,
-    DeviceError,
-    is_out_of_memory,
-    release_freed_memory,
-    to_image,
-    to_tensor,
-)
-from images import CANNY_REACH, canny
-from models import EdgeGenerator, Generator, SRResNet, load_network
-from tiles import grow, scaled, shape_of, whole, windows, within
+import files
+import images
+import weights
+from device import Device, is_out_of_memory, release_freed_memory, to_image, to_tensor
+from models import EdgeGenerator, Generator, SRResNet
+from tiles import full_area, grow, scaled, shape_of, windows, within
 
 EDGE_HALO, TRUNK_HALO, RENDER_HALO = 12, 16, 4  # LR pixels around a window
 SMALLEST_SIDE = 3  # LR pixels that the edge generator needs, to reflect two of them
@@ -62,10 +57,10 @@ class Windows:
         """Returns windows of half the side.
 
         Raises:
-            DeviceError: they are as small as can be.
+            MemoryError: they are as small as can be.
         """
         if self.render <= SMALLEST_WINDOW:
-            raise DeviceError(
+            raise MemoryError(
                 "Memory is too small even for the smallest windows; end other programs that use"
                 " it or, on a GPU, give --device cpu"
             )
@@ -86,18 +81,34 @@ class Enlarger:
         self.device, self.windows = device, Windows.of(device)
         self.generator = generator and for_inference(generator, device)
         self.edge_generator = edge_generator and for_inference(edge_generator, device)
+        self.weights = ""  # digest and precision, for the stamps of results
 
     @classmethod
-    def load(cls, generator: Path, edge_generator: Path, device: Device) -> "Enlarger":
-        """Returns the enlarger with the networks of two weight files.
+    def load(cls, shares: dict[Path, float], edge_generator: Path, device: Device) -> "Enlarger":
+        """Returns the enlarger with the networks of weight files, the edges' only if needed.
+
+        Args:
+            shares: generators of one architecture, whose weights are interpolated (Wang et al.,
+                ESRGAN, arXiv 1809.00219, section 3.4), each with its share; none for edges only.
 
         Raises:
-            WeightError: a file that is needed is not there, or holds another network.
+            UserError: a file that is needed is not there, or holds another network.
         """
-        network = load_network(generator, Generator, SRResNet)
-        needs_edges = isinstance(network, Generator)
-        edges = load_network(edge_generator, EdgeGenerator) if needs_edges else None
-        return cls(network, edges, device)
+        network, edges, paths = None, None, list(shares)
+        if shares:
+            network = weights.interpolate(shares, Generator, SRResNet)
+        if network is None or isinstance(network, Generator):
+            edges = weights.load_network(edge_generator, EdgeGenerator)
+            paths.append(edge_generator)
+        enlarger = cls(network, edges, device)
+        parts = [files.digest(*paths), *(f"{share:g}" for share in shares.values()), device.dtype]
+        enlarger.weights = "/".join(map(str, parts)).replace("torch.", "")
+        return enlarger
+
+    @property
+    def needs_edges(self) -> bool:
+        """Whether the generator is conditioned on edges."""
+        return isinstance(self.generator, Generator)
 
     def __call__(
         self,
@@ -110,13 +121,13 @@ class Enlarger:
         Args:
             lr: `(H, W, 3)` uint8, RGB.
             edges: HR edges to use instead of predicted ones, `(4H, 4W)` uint8 in [0, 255].
-            on_progress: called after every window with the part of the work that it was.
+            on_progress: called after every window with the fraction of the work it was.
 
         Returns:
             `(4H, 4W, 3)` uint8, RGB.
 
         Raises:
-            DeviceError: memory does not suffice for the smallest windows.
+            MemoryError: memory does not suffice for the smallest windows.
         """
         share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
         if share:
@@ -150,17 +161,17 @@ class Enlarger:
 
     @torch.inference_mode()
     def _predict_edges(self, lr: np.ndarray, on_progress: OnProgress) -> np.ndarray:
-        asked = whole(lr.shape)
+        asked = full_area(lr.shape)
         missing = [(0, max(0, SMALLEST_SIDE - side)) for side in lr.shape[:2]]
         if any(map(any, missing)):
             lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
-        area = whole(lr.shape)
+        area = full_area(lr.shape)
         edges = np.empty(shape_of(scaled(area)), np.uint8)
         places = list(windows(area, self.windows.edges, EDGE_HALO, lr.shape))
         self.device.tune_kernels(len(places) > 1)
         for core, seen in places:
-            around = grow(seen, CANNY_REACH, lr.shape)
-            lr_edges = canny(lr[around])[within(seen, around)]
+            around = grow(seen, images.CANNY_REACH, lr.shape)
+            lr_edges = images.canny(lr[around])[within(seen, around)]
             inputs = [self.device.send(to_tensor(each)) for each in (lr[seen], lr_edges)]
             with self.device.autocast():
                 predicted = self.edge_generator(*inputs)
@@ -172,7 +183,7 @@ class Enlarger:
     def _render(
         self, lr: np.ndarray, edges: np.ndarray | None, on_progress: OnProgress
     ) -> np.ndarray:
-        area = whole(lr.shape)
+        area = full_area(lr.shape)
         hr = np.empty((*shape_of(scaled(area)), 3), np.uint8)
         places = list(windows(area, self.windows.trunk, TRUNK_HALO, lr.shape))
         self.device.tune_kernels(len(places) > 1)
@@ -181,7 +192,7 @@ class Enlarger:
                 features = self.generator.trunk(self.device.send(to_tensor(lr[seen])))
             for core, around in windows(block, self.windows.render, RENDER_HALO, lr.shape):
                 inputs = [features[:, :, *within(around, seen)]]
-                if isinstance(self.generator, Generator):
+                if self.needs_edges:
                     inputs.append(self.device.send(to_tensor(edges[scaled(around)])))
                 with self.device.autocast():
                     sr = self.generator.render(*inputs)

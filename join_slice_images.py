@@ -1,81 +1,78 @@
 """Step 3: joins the HR tiles that `main.py test` wrote into whole images.
 
-    python join_slice_images.py [--root DIR] [--workers N]
+    python join_slice_images.py [--root DIR] [--threads N]
 
 The tiles in TestSet/600px/output move into `output/{id}/`, the joined image is
 `output/final/candidate_{id}.png`. Neighbouring tiles are cross-faded where they overlap. What
 tiles cannot hold (transparency, colour profile, EXIF data) comes from the LR image.
 """
 
-import argparse
 import os
-import time
+from functools import partial
 from pathlib import Path
 
-from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, report
-from images import read_image, read_photo, write_image
-from tiles import (
-    JOINED,
-    LR,
-    OUTPUT,
-    ROOT,
-    SCALE,
-    TEST,
-    Position,
-    check_tiles,
-    find_images,
-    find_tiles,
-    grid_of,
-    join,
-    tile_stamp,
-)
+import console
+import files
+import images
+import pipeline
+import tiles
+from console import ImageError
+from pipeline import Stamp
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Joins all images below `--root`; exits with 1 if any had to be left out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Joins all images below `--root`."""
+    parser = console.Parser(__doc__)
     add = parser.add_argument
-    add("--root", type=existing_folder, default=ROOT, help="folder of TestSet/")
-    add("--workers", type=positive_int, default=os.cpu_count(), help="threads")
+    add("--root", type=console.existing_folder, default=console.ROOT, help="folder of TestSet/")
+    add("--threads", type=console.count, default=os.cpu_count(), help="images at the same time")
     options = parser.parse_args(argv)
 
-    with plain_errors():
-        start, folder = time.monotonic(), options.root / TEST / LR
-        images, left_out = find_images(folder)
-        fresh = find_tiles(folder / OUTPUT)
-        for name in sorted(fresh.keys() - images.keys()):
+    with console.plain_errors():
+        jobs, problems = pipeline.test_jobs(options.root, pipeline.CANDIDATE)
+        output = options.root / tiles.TEST / tiles.LR / tiles.OUTPUT
+        fresh = tiles.find_tiles(output)
+        for name in sorted(fresh.keys() - {job.name for job in jobs}):
             tile = next(iter(fresh[name].values()))
-            left_out.append(f"{tile}: belongs to no image in {folder}; remove its tiles")
-        if not images and not left_out:
-            raise UserError(f"{folder}: no images; put some there, then slice and test them")
-        jobs = [(path, name, folder / OUTPUT, fresh.get(name, {})) for name, path in images.items()]
-        done, problems = in_parallel(join_image, jobs, options.workers, "Joining")
-        report("Joined", done, left_out + problems, start, folder / OUTPUT / JOINED)
+            problems.append(f"{tile}: belongs to no image in {output.parent}; remove its tiles")
+        pipeline.for_each(
+            jobs,
+            lambda job, _: partial(join_image, job, output / job.name, fresh.get(job.name, {})),
+            "Joined",
+            output / tiles.JOINED,
+            problems=problems,
+            threads=options.threads,
+        )
 
 
-def join_image(lr_path: Path, name: str, output: Path, fresh: dict[Position, Path]) -> list[str]:
-    """Joins one image from its tiles, the fresh ones first, then those moved earlier.
+def join_image(job: pipeline.Job, moved: Path, fresh: dict[tiles.Position, Path]) -> list[str]:
+    """Joins one image from its fresh tiles, which move to a folder, and those moved there earlier.
 
     Returns:
-        A sentence for everything that the result cannot carry.
-
-    Raises:
-        ImageError: the tiles are incomplete, or not all made from the image as it is now.
+        A note on everything that the result cannot carry, and on tiles of another program.
     """
-    moved = output / name
-    found = find_tiles(moved).get(name, {}) | fresh
-    grid, remedy = grid_of(lr_path, found), "run `python main.py test` again"
-    stamp = check_tiles(name, found, grid, tile_stamp(lr_path, grid), remedy, SCALE)
-    sr = join({at: read_image(path) for at, path in found.items()}, grid, SCALE)
-    (output / JOINED).mkdir(parents=True, exist_ok=True)
-    notes = write_image(output / JOINED / f"candidate_{name}.png", sr, read_photo(lr_path), stamp)
+    found, lr, again = tiles.find_tiles(moved).get(job.name, {}) | fresh, job.source, TEST_AGAIN
+    try:
+        grid = tiles.Grid.of_tiles(images.image_size(lr), found, tiles.SCALE)
+    except ImageError as error:
+        raise ImageError(f"{lr}: {error}; {again}") from error
+    stamps = [Stamp.read(path) for path in found.values()]
+    known = set(stamps) - {None}
+    if len(known) > 1 or any(stamp.source != files.digest(lr) for stamp in known):
+        raise ImageError(f"{lr}: its tiles are of different runs or of an older {lr.name}; {again}")
+    sr = {at: images.read_image(path) for at, path in found.items()}
+    stamp = str(known.pop()) if known and None not in stamps else ""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    notes = images.write_image(
+        job.target, tiles.join(sr, grid, tiles.SCALE), images.read_photo(lr), stamp
+    )
     moved.mkdir(exist_ok=True)
     for path in fresh.values():
         path.replace(moved / path.name)
-    return [f"{lr_path}: {note}" for note in notes]
+    return notes + ["has tiles of another program, joined as they are"] * (None in stamps)
 
+
+TEST_AGAIN = "run `python main.py test` again"
 
 if __name__ == "__main__":
     main()

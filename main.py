@@ -1,474 +1,452 @@
 """Step 2: trains Edge.SRGAN and makes HR tiles, or whole images, with it.
 
-    python main.py                          # runs what the last lines leave uncommented
-    python main.py upscale holiday.jpg      # runs one command, with options
-    python main.py train --resume
-    torchrun --nproc-per-node=2 main.py train
-
-Commands: train_edges, pretrain, train, test, edges, evaluate, upscale.
+python main.py                          # runs what the last lines leave uncommented
+python main.py upscale holiday.jpg      # runs one command, with options
+python main.py train --resume
+torchrun --nproc-per-node=2 main.py train
 """
 
-import argparse
 import csv
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from console import (
-    PARTS_BAR,
-    UserError,
-    existing_folder,
-    non_negative_int,
-    plain_errors,
-    positive_float,
-    positive_int,
-    probability,
-    problem,
-    progress,
-    report,
-    say,
-    seed,
-)
-from device import open_device, processor_share
-from images import (
-    ONE_IMAGE_ERRORS,
-    ImageError,
-    check_writable,
-    read_image,
-    read_stamp,
-    replacing,
-    write_png,
-)
-from inference import Enlarger
-from metrics import Metrics, against_bicubic, mean_of, print_table
-from models import EdgeGenerator, WeightError, digest, load_network
-from stages import (
-    EdgeModel,
-    EdgePreModel,
-    EdgeStageModel,
-    PreModel,
-    SRGANModel,
-    SRModel,
-    SRResNetModel,
-    Stage,
-    weight_path,
-)
-from tiles import (
-    HR,
-    JOINED,
-    LR,
-    OUTPUT,
-    ROOT,
-    SCALE,
-    SLICE_AGAIN,
-    TEST,
-    TILES,
-    Grid,
-    Position,
-    check_made_lr,
-    check_size,
-    check_tiles,
-    cut_tile,
-    edges_stamp,
-    find_images,
-    find_tiles,
-    grid_of,
-    join,
-    source_stamp,
-    tile_name,
-    tile_stamp,
-)
-from training import fit
-from upscaling import find_jobs, read_edges, upscale_all
+import console
+import files
+import images
+import pipeline
+import sheets
+import tiles
+from console import ImageError, UserError
+from pipeline import UP_TO_DATE, Finish, Job, OnProgress, Stamp
+from tiles import HR, OUTPUT, SCALE, TEST, TILES
 
-EDGES = "edges"  # folder of the predicted edges, in OUTPUT
+if TYPE_CHECKING:
+    from device import Device
+    from inference import Enlarger
+
 STAGES = {  # of each command that trains
-    "train_edges": (EdgePreModel, EdgeModel),
-    "pretrain": (SRResNetModel, EdgeStageModel, PreModel),
-    "train": (SRModel, SRGANModel),
+    "train_edges": ["EdgePreModel", "EdgeModel"],
+    "pretrain": ["SRResNet", "EdgeStageModel", "PreModel"],
+    "train": ["SRModel", "SRGAN"],
 }
+MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
+COMMANDS: dict[str, Callable[..., None]] = {}
+fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+unnamed_options: list[str] = []  # of a command line that names no command: for the toggled lines
+
+
+def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
+    """Makes a function of parsed options a command, which Python code can call as well.
+
+    `test()`, `test(fast=True)`, `upscale("holiday.jpg")`: what is not given has its default.
+    """
+
+    @wraps(work)
+    def call(*paths: str | Path, **given: object) -> None:
+        options = parser_of(work.__name__).parse_args([*map(str, paths), *unnamed_options])
+        if unknown := given.keys() - vars(options).keys():
+            raise TypeError(f"{work.__name__}() has no option {min(unknown)}")
+        work(Namespace(**vars(options) | given))
+
+    COMMANDS[work.__name__] = call
+    return call
 
 
 # Training -------------------------------------------------------------------------------------
 
 
-def train_edges(options: argparse.Namespace | None = None) -> None:
+@command
+def train_edges(options: Namespace) -> None:
     """Trains the edge generator: on pixels, then against its discriminator."""
-    train_stages("train_edges", options)
+    train_stages(options, STAGES["train_edges"])
 
 
-def pretrain(options: argparse.Namespace | None = None) -> None:
+@command
+def pretrain(options: Namespace) -> None:
     """Trains the HR generator on squared error: without edges, the edge stage alone, the whole."""
-    train_stages("pretrain", options)
+    train_stages(options, STAGES["pretrain"])
 
 
-def train(options: argparse.Namespace | None = None) -> None:
+@command
+def train(options: Namespace) -> None:
     """Trains the HR generator with all of its losses against its discriminator."""
-    train_stages("train", options)
+    train_stages(options, STAGES["train"])
 
 
-def train_stages(command: str, options: argparse.Namespace | None) -> None:
+def train_stages(options: Namespace, names: list[str]) -> None:
     """Trains a command's stages, each from the one before; the first may have `--init`."""
-    options = options or parse_options()
-    names = [stage.name for stage in STAGES[command]]
-    if options.stage and options.stage not in names:
-        raise UserError(f"--stage {options.stage}: this command trains {', '.join(names)}")
-    stages = [stage for stage in STAGES[command] if options.stage in (None, stage.name)]
+    import stages
+    import training
+    from device import open_device
+
+    chosen = [stages.STAGES[name] for name in names if options.stage in (None, name)]
     with open_device(options.device, options.precision, training=True) as device:
-        device.from_first(check_weights, stages, options)
-        for stage in stages:
-            following = names[names.index(stage.name) + 1 :]
-            fit(stage, options, device, tuple(following))
-            options = argparse.Namespace(**vars(options) | {"init": None})
+        device.from_first(check_weights, chosen, options)
+        for stage in chosen:
+            training.fit(stage, options, device)
+            options.init = None
 
 
-def check_weights(stages: list[type[Stage]], options: argparse.Namespace) -> None:
-    """Raises WeightError, before the first stage, if one lacks weights that none of them trains."""
+def check_weights(chosen: list[type], options: Namespace) -> None:
+    """Raises UserError, before the first stage, if one lacks weights that none of them trains."""
     there = {""}
-    for stage in stages:
-        start = "" if options.init and stage is stages[0] else stage.starts_from
+    for stage in chosen:
+        start = "" if options.init and stage is chosen[0] else stage.starts_from
         for name in {start, *stage.needs} - there:
-            if not weight_path(options, name).exists():
-                command = next(c for c in STAGES if name in [each.name for each in STAGES[c]])
-                raise WeightError(
-                    f"{weight_path(options, name)}: missing, but {stage.name} needs it;"
-                    f" `python main.py {command}` trains it"
-                )
+            if not (path := options.ckpts / f"{name}_gen.pth").exists():
+                trainer = next(each for each, names in STAGES.items() if name in names)
+                raise UserError(f"{path}: missing; `python main.py {trainer}` trains it")
         there.add(stage.name)
 
 
 # Testing --------------------------------------------------------------------------------------
 
 
-def test(options: argparse.Namespace | None = None) -> None:
-    """Makes HR tiles in TestSet/600px/output from the LR tiles in TestSet/600px/croppedoverl.
+@contextmanager
+def open_enlarger(options: Namespace, shares: dict[Path, float]) -> Iterator["Enlarger"]:
+    """Opens the device and loads the networks; without `shares`, the edge generator alone."""
+    from device import open_device
+    from inference import Enlarger
 
-    The networks see the whole image, put together from its tiles, in windows of their own.
-    Images whose HR tiles are there already, from the same LR tiles and weights, are left.
-    """
-    options = options or parse_options()
-    start, folder = time.monotonic(), options.root / TEST / LR
-    (images, problems), (hr_images, _) = find_images(folder), find_images(options.root / TEST / HR)
-    if not images:
-        raise UserError(
-            f"{folder}: no images; put some there and run `python slice_images_w_overlapping.py`,"
-            " or enlarge one where it lies with `python main.py upscale IMAGE`"
+    with open_device(options.device, options.precision) as device:
+        console.info(device.describe())
+        yield Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
+
+
+def chosen_generators(options: Namespace) -> dict[Path, float]:
+    """Returns the weight files of the generator to use, and their shares if it is a mixture."""
+    if options.edges and options.model != "edge-srgan":
+        raise UserError(f"--edges: {options.model} takes no edges; give --model edge-srgan")
+    if options.texture is not None and options.model != "srgan":
+        raise UserError(f"--texture: only srgan has it, not {options.model}; give --model srgan")
+    share = {MODELS[options.model]: 1.0}
+    if options.model == "srgan" and options.texture not in (None, 1):
+        share = {"SRResNet": 1 - options.texture, "SRGAN": options.texture}
+    if options.generator:
+        return {options.generator: 1.0}
+    return {options.ckpts / f"{name}_gen.pth": each for name, each in share.items()}
+
+
+@command
+def test(options: Namespace) -> None:
+    """Makes HR tiles in TestSet/600px/output of the images that were cut into LR tiles."""
+    jobs, problems = pipeline.test_jobs(options.root)
+    folder = options.root / TEST / tiles.LR
+    lr_tiles, hr = tiles.find_tiles(folder / TILES), tiles.find_images(options.root / TEST / HR)[0]
+    files.check_writable(folder / OUTPUT)
+    with open_enlarger(options, chosen_generators(options)) as enlarger:
+
+        def work(job: Job, on_progress: OnProgress) -> Finish | None:
+            pipeline.check_downscaled(job.source, hr.get(job.name))
+            return test_image(job, lr_tiles.get(job.name, {}), options.edges, enlarger, on_progress)
+
+        pipeline.for_each(
+            jobs, work, "Tested", folder / OUTPUT, problems=problems, device=enlarger.device
         )
-    tiles, output = find_tiles(folder / TILES), find_tiles(folder / OUTPUT)
-    check_writable(folder / OUTPUT)
-    networks = weight_paths(options)
-    with open_device(options.device, options.precision) as device, ThreadPoolExecutor(1) as writer:
-        enlarger, weights = Enlarger.load(*networks, device), f"{digest(*networks)} {device.dtype}"
-        names = list(images)[device.rank :: device.world]
-        problems = problems if device.rank == 0 else []
-        made, present = 0, 0
-        written = writer.submit(int)
-        with progress(total=len(names), desc="Testing", bar_format=PARTS_BAR) as bar:
-            for count, name in enumerate(names):
-                bar.update(count - bar.n)
-                try:
-                    if name in hr_images:
-                        check_made_lr(images[name], hr_images[name])
-                    lr_tiles = tiles.get(name, {})
-                    grid = grid_of(images[name], lr_tiles)
-                    lr_stamp = tile_stamp(images[name], grid)
-                    check_tiles(name, lr_tiles, grid, lr_stamp, SLICE_AGAIN)
-                    lr = join({at: read_image(path) for at, path in lr_tiles.items()}, grid)
-                    edge_path = options.edges and options.edges / f"{name}.png"
-                    given = edge_path and given_edges(edge_path, images[name], lr)
-                    hr_stamp = f"{lr_stamp} | {weights}{edges_stamp(edge_path)}"
-                    moved = find_tiles(folder / OUTPUT / name).get(name, {})  # by the joining
-                    fresh = output.get(name, {})
-                    if is_made(name, moved | fresh, grid, lr_stamp, hr_stamp):
-                        present += 1
-                        continue
-                    hr = enlarger(lr, given, bar.update)
-                except ONE_IMAGE_ERRORS as error:
-                    problems.append(problem(images[name], error))
-                    continue
-                written.result()  # no more than one image waits to be written
-                old = [*moved.values(), *fresh.values()]
-                written = writer.submit(write_tiles, folder / OUTPUT, name, hr, grid, hr_stamp, old)
-                made += 1
-            bar.update(len(names) - bar.n)
-        written.result()
-        problems = device.gather(problems)
-        made, present = (sum(device.gather([each])) for each in (made, present))
-    if device.rank == 0:
-        report("Tested", made, problems, start, folder / OUTPUT, present)
 
 
-def is_made(
-    name: str, found: dict[Position, Path], grid: Grid, lr_stamp: str, hr_stamp: str
-) -> bool:
-    """Returns whether an image's HR tiles are all there, from these LR tiles and weights."""
-    try:
-        return check_tiles(name, found, grid, lr_stamp, "", SCALE) == hr_stamp
-    except ImageError:
-        return False
+def test_image(
+    job: Job,
+    lr_tiles: dict[tiles.Position, Path],
+    edges_folder: Path | None,
+    enlarger: "Enlarger",
+    on_progress: OnProgress,
+) -> Finish | None:
+    """Upscales one image; what is left to do is to cut the result into tiles and write them."""
+    grid, stamp = pipeline.check_tiles(job.source, lr_tiles)
+    hr_edges = edges_folder and edges_folder / f"{job.name}.png"
+    stamp = replace(stamp, weights=enlarger.weights, edges=digest_edges(hr_edges, job.source))
+    fresh = [job.target / tiles.tile_name(job.name, *at) for at in grid]
+    moved = job.target / job.name  # by the joining
+    if all(Stamp.read(p if p.exists() else moved / p.name) == stamp for p in fresh):
+        return UP_TO_DATE
+    lr = images.read_image(job.source)
+    sr = enlarger(lr, hr_edges and read_edges(hr_edges, lr), on_progress)
+
+    def write() -> None:
+        for folder in (job.target, moved):
+            for path in tiles.find_tiles(folder).get(job.name, {}).values():
+                path.unlink(missing_ok=True)
+        for path, at in zip(fresh, grid, strict=True):
+            images.write_png(path, tiles.cut_tile(sr, grid, *at, SCALE), str(stamp))
+
+    return write
 
 
-def write_tiles(
-    folder: Path, name: str, hr: np.ndarray, grid: Grid, stamp: str, old: list[Path]
-) -> None:
-    """Writes an image's HR tiles in place of its old ones."""
-    for path in old:
-        path.unlink(missing_ok=True)
-    for at in grid:
-        write_png(folder / tile_name(name, *at), cut_tile(hr, grid, *at, SCALE), stamp)
-
-
-def given_edges(path: Path, lr_path: Path, lr: np.ndarray) -> np.ndarray:
-    """Returns the HR edges in a file for an LR image, `(4H, 4W)` uint8.
-
-    Raises:
-        ImageError: there is no such file, it is not of the HR image's size, or it was predicted
-            from the LR image as it was before a change.
-    """
-    if not path.exists():
-        raise ImageError(f"{path}: missing; `python main.py edges` writes edges to start from")
-    check_edges(path, lr_path)
-    return read_edges(path, lr)
-
-
-def check_edges(path: Path, lr_path: Path) -> None:
-    """Raises ImageError if edges were predicted from the LR image as it was before a change."""
-    stamp, now = read_stamp(path) or "", source_stamp(lr_path)
-    if stamp != now and stamp.split(" ")[0] == now.split(" ")[0]:
-        raise ImageError(f"{path}: predicted from {lr_path.name} as it was; remove it")
-
-
-def edges(options: argparse.Namespace | None = None) -> None:
+@command
+def edges(options: Namespace) -> None:
     """Writes the predicted HR edges of the test images to TestSet/600px/output/edges/{id}.png.
 
-    Edit them, or draw others, grey, white on black, and give their folder to `test --edges`. Those
-    that are there already are left.
+    Edit them, or draw others, grey, white on black, and give their folder to `test --edges`.
+    Existing ones are kept.
     """
-    options = options or parse_options()
-    start, folder = time.monotonic(), options.root / TEST / LR
-    images, problems = find_images(folder)
-    if not images:
-        raise UserError(f"{folder}: no images; put some there")
-    output = folder / OUTPUT / EDGES
-    check_writable(output)
-    made, present = 0, 0
-    with open_device(options.device, options.precision) as device:
-        enlarger = Enlarger(
-            None, load_network(weight_path(options, "EdgeModel"), EdgeGenerator), device
+    jobs, problems = pipeline.test_jobs(options.root, "edges/{}.png")
+    folder = options.root / TEST / tiles.LR / OUTPUT / "edges"
+    files.check_writable(folder)
+    with open_enlarger(options, {}) as enlarger:
+        work, device = partial(predict_edges, enlarger), enlarger.device
+        pipeline.for_each(
+            jobs, work, "Predicted edges of", folder, problems=problems, device=device
         )
-        for name, path in progress(images.items(), "Predicting edges", unit="image"):
-            result = output / f"{name}.png"
-            try:
-                if result.exists():
-                    check_edges(result, path)
-                    present += 1
-                    continue
-                predicted = enlarger.predict_edges(read_image(path))
-                write_png(result, np.stack([predicted] * 3, axis=2), source_stamp(path))
-            except ONE_IMAGE_ERRORS as error:
-                problems.append(problem(path, error))
-                continue
-            made += 1
-    report("Edges predicted", made, problems, start, output, present)
 
 
-def upscale(*images: str, options: argparse.Namespace | None = None) -> None:
-    """Enlarges images, or all images of folders, where they lie: NAME_x4.png beside each."""
-    options = options or parse_options()
-    paths = [Path(image) for image in images or options.images]
-    if not paths:
-        raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
-    start = time.monotonic()
-    (jobs, problems), networks = find_jobs(paths, options), weight_paths(options)
-    with open_device(options.device, options.precision) as device:
-        enlarger, weights = Enlarger.load(*networks, device), f"{digest(*networks)} {device.dtype}"
-        made, present, pixels, more_problems = upscale_all(jobs, enlarger, weights, options)
-    seconds = time.monotonic() - start
-    if made:
-        say(f"{pixels / 1e6:.1f} megapixels, {pixels / 1e6 / seconds:.2f} per second")
-    results = [result for _, result in jobs]
-    where = results[-1].parent if len(results) > 1 else (results or paths)[0]
-    report("Upscaled", made, problems + more_problems, start, where, present)
+def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Finish | None:
+    """Predicts one image's edges, unless there are some; what is left to do is to write them."""
+    if job.target.exists():
+        digest_edges(job.target, job.source)
+        return UP_TO_DATE
+    found = enlarger.predict_edges(images.read_image(job.source), on_progress)
+    stamp = str(Stamp(files.digest(job.source), weights=enlarger.weights))
+    return partial(images.write_png, job.target, np.stack([found] * 3, axis=2), stamp)
 
 
-def weight_paths(options: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the weight files of the generator to make images with and of the edge generator.
+def digest_edges(path: Path | None, lr: Path) -> str:
+    """Returns the digest of a file of edges, "" without one.
 
     Raises:
-        UserError: the options contradict each other.
+        ImageError: it is missing, or was predicted from an older LR image.
     """
-    if options.fast and (options.edges or options.generator):
-        raise UserError("--fast is the SRResNet, without edges; leave out one or the other")
-    generator = weight_path(options, "SRResNet" if options.fast else "SRModel")
-    return options.generator or generator, weight_path(options, "EdgeModel")
+    if path is None:
+        return ""
+    if not path.exists():
+        raise ImageError(f"{path}: missing; `python main.py edges` writes edges to start from")
+    pipeline.check_source(path, lr, "delete it")
+    return files.digest(path)
+
+
+def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
+    """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file.
+
+    Raises:
+        ImageError: the file cannot be read, or is not of the HR image's size.
+    """
+    edges, wanted = images.read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
+    if edges.shape != wanted:
+        raise ImageError(f"{path}: (height, width) is {edges.shape} instead of {wanted}")
+    return edges
+
+
+# Whole images ---------------------------------------------------------------------------------
+
+
+@command
+def upscale(options: Namespace) -> None:
+    """Upscales images, or all images of folders, where they lie: NAME_x4.png beside each."""
+    if not options.images:
+        raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
+    ending = pipeline.ENDING + {"edge-srgan": "", "srresnet": "_fast"}.get(options.model, "_srgan")
+    paths, suffix = [console.path(str(each)) for each in options.images], f".{options.format}"
+    jobs, problems = pipeline.upscale_jobs(
+        paths, options.output, ending + suffix, recursive=options.recursive
+    )
+    folders = sorted({str(job.target.parent) for job in jobs})
+    where = jobs[0].target if len(jobs) == 1 else ", ".join(folders[:3])
+    with open_enlarger(options, chosen_generators(options)) as enlarger:
+        work, device = partial(upscale_image, options, enlarger), enlarger.device
+        pipeline.for_each(jobs, work, "Upscaled", where, problems=problems, device=device)
+
+
+def upscale_image(
+    options: Namespace, enlarger: "Enlarger", job: Job, on_progress: OnProgress
+) -> Finish | None:
+    """Upscales one image unless its result is there; what is left to do is to write it."""
+    sheet = job.target.with_name(f"{job.target.stem}{pipeline.PREVIEW}.png")
+    targets = [job.target, sheet] if options.preview else [job.target]
+    edges_digest = files.digest(options.edges) if options.edges else ""
+    stamp = Stamp(files.digest(job.source), weights=enlarger.weights, edges=edges_digest)
+    existing = [target for target in targets if target.exists()]
+    for target in existing:
+        if target.samefile(job.source):
+            raise ImageError(f"{target}: is the image itself; give another --output")
+        if not options.overwrite and Stamp.read(target) != stamp:
+            raise ImageError(f"{target}: exists, made otherwise; give --overwrite to replace it")
+    if existing == targets and not options.overwrite:
+        return UP_TO_DATE
+    photo = images.read_photo(job.source)
+    hr_edges = read_edges(options.edges, photo.rgb) if options.edges else None
+    files.check_writable(job.target.parent)
+    if options.preview and enlarger.needs_edges and hr_edges is None:
+        hr_edges = enlarger.predict_edges(photo.rgb)
+    sr = enlarger(photo.rgb, hr_edges, on_progress)
+
+    def write() -> list[str]:
+        notes = photo.notes + images.write_image(job.target, sr, photo, str(stamp))
+        if options.preview:
+            images.write_png(sheet, sheets.draw_preview(photo.rgb, sr, hr_edges), str(stamp))
+        return notes
+
+    return write
 
 
 # Evaluation -----------------------------------------------------------------------------------
 
 
-def evaluate(options: argparse.Namespace | None = None) -> None:
+@command
+def evaluate(options: Namespace) -> None:
     """Compares the joined images, and bicubic ones, with the ground truth in TestSet/2400px.
 
     Prints a table and writes it to TestSet/600px/output/final/metrics.csv.
     """
-    options = options or parse_options()
-    start, folder = time.monotonic(), options.root / TEST / LR
-    (lr, problems), (hr, _) = find_images(folder), find_images(options.root / TEST / HR)
-    fresh = find_tiles(folder / OUTPUT)
-    names = [name for name in lr if name in hr]
-    if not names:
-        raise UserError(f"{options.root / TEST / HR}: no ground truth of an image in {folder}")
-    if without := len(lr) - len(names):
-        say(f"{without} of {len(lr)} images in {folder} have no ground truth and are not compared")
-    table: dict[str, Metrics] = {}
+    from device import open_device
+
+    jobs, problems = pipeline.test_jobs(options.root, pipeline.CANDIDATE)
+    hr, _ = tiles.find_images(options.root / TEST / HR)
+    known = [job for job in jobs if job.name in hr]
+    if not known:
+        raise UserError(f"{options.root / TEST / HR}: no ground truth of the images to evaluate")
+    if len(known) < len(jobs):
+        console.info(f"{len(jobs) - len(known)} of {len(jobs)} images have no ground truth")
+    table, rows = known[0].target.with_name("metrics.csv"), {}
+    fresh = tiles.find_tiles(table.parent.parent)
     with open_device(options.device, "fp32") as device:
-        for name in progress(names, "Evaluating", unit="image"):
-            try:
-                check_made_lr(lr[name], hr[name])
-                if name in fresh:
-                    raise ImageError(f"{name}: has new tiles; run `python join_slice_images.py`")
-                sr = folder / OUTPUT / JOINED / f"candidate_{name}.png"
-                table[name] = against_bicubic(*read_triple(lr[name], hr[name], sr), device)
-            except ONE_IMAGE_ERRORS as error:
-                problems.append(problem(lr[name], error))
-    path = folder / OUTPUT / JOINED / "metrics.csv"
-    if table:
-        rows = [*table.items(), ("mean", mean_of(list(table.values())))]
-        with (
-            replacing(path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as f,
-        ):
-            writer = csv.DictWriter(f, ["image", *rows[-1][1]])
-            writer.writeheader()
-            writer.writerows({"image": name, **row} for name, row in rows)
-        print_table(rows)
-    report("Evaluated", len(table), problems, start, path if table else "nothing to compare")
+
+        def work(job: Job, _: OnProgress) -> Finish:
+            if not job.target.exists() or job.name in fresh:
+                raise ImageError(f"{job.source}: not joined; run `python join_slice_images.py`")
+            rows[job.name] = evaluate_image(job.source, hr[job.name], job.target, device)
+            return list
+
+        finish = partial(write_table, table, rows, device)
+        pipeline.for_each(
+            known, work, "Evaluated", table, problems=problems, device=device, finally_do=finish
+        )
 
 
-def read_triple(lr: Path, hr: Path, sr: Path) -> list[np.ndarray]:
-    """Returns LR image, ground truth and joined image, checked for size and for being current."""
-    if not sr.exists():
-        raise ImageError(f"{lr}: not joined; run `python join_slice_images.py`")
-    if not (read_stamp(sr) or "").startswith(f"{source_stamp(lr)} "):
-        raise ImageError(f"{sr}: not made from {lr.name} as it is now; slice, test and join again")
+def evaluate_image(lr: Path, hr: Path, sr: Path, device: "Device") -> dict[str, float]:
+    """Returns the metrics of one image and of the bicubic one, if all files are current."""
+    import metrics
+
+    pipeline.check_downscaled(lr, hr)
+    pipeline.check_source(sr, lr, "slice, test and join again")
     for path in (hr, sr):
-        check_size(path, lr)
-    return [read_image(path) for path in (lr, hr, sr)]
+        pipeline.check_size(path, lr)
+    return metrics.against_bicubic(*map(images.read_image, (lr, hr, sr)), device)
+
+
+def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device") -> None:
+    """Prints the metrics that all processes found, with their mean, and writes them as CSV."""
+    import metrics
+
+    found = sorted(device.gather(list(rows.items())))
+    if not found or device.rank:
+        return
+    found.append(("mean", metrics.mean_of([row for _, row in found])))
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with files.replacing(path) as temporary, temporary.open("w", **text) as file:
+        writer = csv.DictWriter(file, ["image", *found[-1][1]])
+        writer.writeheader()
+        writer.writerows({"image": name, **row} for name, row in found)
+    metrics.print_table(found)
 
 
 # Command line ---------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    each.__name__: each for each in (train_edges, pretrain, train, test, edges, evaluate, upscale)
-}
 
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and leaves the lines of the recipes' table as they are."""
-
-
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the options of a command line, this process's own by default."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=recipe_table(),
-        formatter_class=Formatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("command", nargs="?", choices=COMMANDS, help="what to run")
-    parser.add_argument("images", nargs="*", help="images and folders, for upscale")
-
-    own: list[tuple[str, argparse.Action]] = []  # the commands of options that not all have
-
-    def group(commands: str) -> Callable[..., None]:
-        add = parser.add_argument_group(commands).add_argument
-        return lambda *args, **given: own.append((commands, add(*args, **given)))
-
-    add = parser.add_argument_group("all commands").add_argument
-    add("--root", type=existing_folder, default=ROOT, help="folder of TrainingSet/ and TestSet/")
-    add("--ckpts", type=Path, default=ROOT / "ckpts", help="folder of the weights")
-    devices, precisions = ["auto", "cpu", "cuda", "mps"], ["auto", "fp32", "bf16", "fp16"]
-    add("--device", default="auto", choices=devices, help="where to compute")
+def parser_of(name: str) -> console.Parser:
+    """Returns the parser of a command's options."""
+    parser = console.Parser(COMMANDS[name].__doc__, prog=f"main.py {name}")
+    add, root = parser.add_argument, console.ROOT
+    folder, file = console.existing_folder, console.existing_file
+    add("--root", type=folder, default=root, help="folder of TrainingSet/ and TestSet/")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    if name == "evaluate":
+        return parser
+    add("--ckpts", type=console.path, default=root / "ckpts", help="folder of the weights")
+    precisions = ["auto", "fp32", "bf16", "fp16"]
     add("--precision", default="auto", choices=precisions, help="number format of the networks")
-
-    add, stages = group("train_edges, pretrain, train"), [stage.name for stage in all_stages()]
-    add("--stage", choices=stages, help="the only stage to train; None: all")
-    add("--resume", action="store_true", help="continuation of the last training")
-    add("--accept-changes", action="store_true", help="with --resume: another recipe or data set")
-    add("--init", type=Path, help="weight file that a new training starts from")
-    add("--steps", type=positive_int, help="updates of the weights; None: see below")
-    add("--epochs", type=positive_float, help="the same in passes over the tiles")
-    add("--batch-size", type=positive_int, help="crops per process; None: see below")
-    add("--learning-rate", type=positive_float, help="peak learning rate; None: see below")
-    add("--crop", type=crop_side, help="LR pixels a side of the crops; None: see below")
-    add("--jpeg", type=probability, help="part of LR crops through JPEG; None: see below")
-    add("--held-out", type=non_negative_int, default=4, help="images kept for validation")
-    add("--checkpoint-every", type=positive_int, default=500, help="batches between checkpoints")
-    add("--vgg", type=Path, help="file of VGG19's weights; None: download")
-    add("--runs", type=Path, default=ROOT / "runs", help="folder of TensorBoard's files")
-    workers = min(8, processor_share())
-    add("--workers", type=non_negative_int, default=workers, help="data-loading processes")
-    add("--seed", type=seed, default=0, help="seed of everything random")
-
-    add = group("test, upscale")
-    add("--generator", type=Path, help="weight file; None: SRModel_gen.pth in --ckpts")
-    add(
-        "--edges", type=Path, help="test: folder of HR edges {id}.png; upscale: file; None: predict"
-    )
-    add("--fast", action="store_true", help="the SRResNet, without edges")
-
-    add = group("upscale")
-    add("--output", type=Path, help="file or folder of the results; None: beside the images")
-    add("--recursive", action="store_true", help="sub-folders too")
-    add("--overwrite", action="store_true", help="replaces existing results")
-    add("--preview", action="store_true", help="comparison sheet beside each result")
-    options = parser.parse_intermixed_args(argv)  # `upscale --fast IMAGE` too
-    if options.images and options.command != "upscale":
-        parser.error(f"{options.images[0]}: only upscale takes images")
-    if options.steps and options.epochs:
-        parser.error("--steps and --epochs: leave out one or the other")
-    for commands, action in own:
-        given = getattr(options, action.dest) != action.default
-        if given and options.command and options.command not in commands.split(", "):
-            parser.error(f"{action.option_strings[0]}: only for {commands}")
-    return options
+    if name in STAGES:
+        add_training_options(add, STAGES[name])
+    if name in ("test", "upscale"):
+        add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
+        fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
+        add("--fast", **fast, help="short for --model srresnet")
+        add("--texture", type=fraction, help="srgan's: 0 smooth and exact, 1 rich in texture")
+        add("--generator", type=file, help="weight file of another generator")
+    if name == "test":
+        add("--edges", type=folder, help="folder of HR edges {id}.png, instead of predicted ones")
+    if name == "upscale":
+        add("images", nargs="*", help="images and folders")
+        add("--edges", type=file, help="file of HR edges, instead of predicted ones")
+        add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
+        add("--output", type=console.path, help="file or folder of the results")
+        add("--recursive", action="store_true", help="include sub-folders")
+        add("--overwrite", action="store_true", help="replace existing results")
+        add("--preview", action="store_true", help="write a comparison sheet beside each result")
+    return parser
 
 
-def all_stages() -> list[type[Stage]]:
-    """Returns the stages of all commands, in the order of training."""
-    return list(chain(*STAGES.values()))
+def add_training_options(add: Callable[..., object], names: list[str]) -> None:
+    """Adds what the training commands take; the help shows the stages' own values."""
+    count, count_or_none, number = console.count, console.count_or_none, console.number
+    positive = number(float, "a number above 0", lambda x: x > 0)
+    crop = number(int, "a whole number of 8 or more", lambda n: n >= 8)  # SSIM's and Canny's reach
+    seed = number(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
+    own, runs = partial(recipe_values, names), console.ROOT / "runs"
+    add("--stage", choices=names, help="train this stage only")
+    add("--resume", action="store_true", help="continue the last run")
+    add("--accept-changes", action="store_true", help="with --resume: continue with other settings")
+    add("--init", type=console.existing_file, help="weight file to start from")
+    add("--steps", type=count, shown=own("steps"), help="updates of the weights")
+    add("--epochs", type=positive, help="number of passes over the tiles, instead of --steps")
+    add("--batch-size", type=count, shown=own("batch_size"), help="crops per process")
+    add("--learning-rate", type=positive, shown=own("learning_rate"), help="peak learning rate")
+    add("--crop", type=crop, shown=own("crops"), help="LR pixels a side of the crops")
+    add("--jpeg", type=fraction, shown=own("jpeg"), help="fraction of LR crops to save as JPEG")
+    add("--held-out", type=count_or_none, default=4, help="images kept for validation")
+    add("--checkpoint-every", type=count, default=500, help="batches between checkpoints")
+    add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
+    add("--runs", type=console.path, default=runs, help="folder of the runs")
+    workers = console.processor_share(most=8)
+    add("--workers", type=count_or_none, default=workers, help="data-loading processes")
+    add("--seed", type=seed, default=0, help="random seed")
 
 
-def crop_side(text: str) -> int:
-    """Returns `--crop` from the command line: SSIM's window needs 11 HR pixels, Canny some more."""
-    side = positive_int(text)
-    if side < 8:
-        raise argparse.ArgumentTypeError(f"{text} is below 8 pixels")
-    return side
+def recipe_values(names: list[str], field: str) -> str | None:
+    """Returns the stages' own values of an option, for the help alone: they need PyTorch."""
+    if not {"-h", "--help"} & set(sys.argv):
+        return None
+    import stages
+
+    values = [getattr(stages.STAGES[name].recipe, field) for name in names]
+    texts = [
+        "-".join(map(str, sorted(set(v)))) if isinstance(v, tuple) else f"{v:g}" for v in values
+    ]
+    own = [f"{text} in {name}" for text, name in zip(texts, names, strict=True)]
+    return ", ".join(own if len(set(texts)) > 1 else texts[:1])
 
 
-def recipe_table() -> str:
-    """Returns the recipes of all stages, a line each."""
-    rows = [("stage", "steps", "batch", "crops", "rate", "jpeg")]
-    for stage in all_stages():
-        r = stage.recipe
-        batch = f"{r.batch_size} x {r.accumulate}"
-        crops = "-".join(map(str, sorted(set(r.crops))))
-        rows.append((stage.name, *map(str, (r.steps, batch, crops, r.learning_rate, r.jpeg))))
-    lines = ["  ".join(f"{cell:<15}" for cell in row).rstrip() for row in rows]
-    return "what the stages are trained with unless options say otherwise:\n  " + "\n  ".join(lines)
+def run(argv: list[str]) -> bool:
+    """Runs the command that a command line names; returns whether it names one."""
+    name, *rest = argv or [""]
+    if name in COMMANDS:
+        options = parser_of(name).parse_args(rest)
+        COMMANDS[name].__wrapped__(options)
+    elif {"-h", "--help"} & set(argv):
+        console.info(f"{__doc__ or ''}\nCommands; COMMAND --help shows their options:\n")
+        for each, call in COMMANDS.items():
+            console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
+    elif name and not name.startswith("-"):
+        hint = console.did_you_mean(name, list(COMMANDS))
+        if not hint and (Path(name).suffix or Path(name).exists()):
+            hint = f"; did you mean `upscale {name}`?"
+        console.Parser(None).error(f"no command {name}{hint or '; see --help'}")
+    else:
+        unnamed_options[:] = argv
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    with plain_errors():
-        options = parse_options()
-        if options.command:
-            COMMANDS[options.command](options=options)
-        else:
+    with console.plain_errors():
+        if not run(sys.argv[1:]):
             # train_edges()
             # pretrain()
             # train()

@@ -1,194 +1,132 @@
 """Step 1: cuts the training and test images into overlapping tiles.
 
-    python slice_images_w_overlapping.py [--root DIR] [--tiles 6] [--pad 8] [--workers N]
+    python slice_images_w_overlapping.py [--root DIR] [--tiles 6] [--pad 8] [--threads N]
 
 TrainingSet/600px, TrainingSet/2400px and TestSet/600px each get a folder `croppedoverl` with
 the tiles `{id}_{row}_{col}.png` of their images. An HR image without an LR partner gets one:
-bicubic, antialiased, a quarter of its size. What is cut already is left as it is.
+bicubic, antialiased, a quarter of its size.
 """
 
-import argparse
 import os
-import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from console import UserError, existing_folder, in_parallel, plain_errors, positive_int, report, say
-from images import (
-    ImageError,
-    bicubic,
-    image_size,
-    read_image,
-    read_photo,
-    read_stamp,
-    write_png,
-)
-from tiles import (
-    HR,
-    LR,
-    MADE,
-    ROOT,
-    SCALE,
-    TEST,
-    TILES,
-    TRAINING,
-    Grid,
-    Position,
-    cut_tile,
-    find_images,
-    find_tiles,
-    source_stamp,
-    tile_name,
-    tile_stamp,
-)
+import console
+import files
+import images
+import pipeline
+import tiles
+from console import ImageError, UserError
+from pipeline import Stamp
+from tiles import HR, LR, SCALE, TEST, TILES, TRAINING
+
+even = console.number(int, "an even number of 0 or more", lambda n: n >= 0 and n % 2 == 0)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Slices all images below `--root`; exits with 1 if any had to be left out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--root", type=existing_folder, default=ROOT, help="folder of TrainingSet/ and TestSet/")
-    add("--tiles", type=positive_int, default=6, help="tiles per row and per column")
-    add("--pad", type=even_int, default=8, help="LR pixels that neighbours share, even")
-    add("--workers", type=positive_int, default=os.cpu_count(), help="threads")
+    """Slices all images below `--root`."""
+    parser = console.Parser(__doc__)
+    add, folder = parser.add_argument, console.existing_folder
+    add("--root", type=folder, default=console.ROOT, help="folder of TrainingSet/ and TestSet/")
+    add("--tiles", type=console.count, default=6, help="tiles per row and per column")
+    add("--pad", type=even, default=8, help="LR pixels shared by neighbours")
+    add("--threads", type=console.count, default=os.cpu_count(), help="images at the same time")
     options = parser.parse_args(argv)
 
-    with plain_errors():
-        start, count, left_out, folders = time.monotonic(), 0, [], []
-        for folder in (options.root / TRAINING, options.root / TEST):
-            pairs, warnings = find_pairs(folder)
-            earlier = {size: find_tiles(folder / size / TILES) for size in (LR, HR)}
-            jobs = [
-                (*pair, name, earlier, options.tiles, options.pad) for name, pair in pairs.items()
-            ]
-            done, problems = in_parallel(slice_pair, jobs, options.workers, folder.name)
-            count += done
-            left_out += warnings + problems
-            folders += [str(folder / LR / TILES)] if done else []
-            if not pairs and not warnings:
-                say(f"{folder}: no images in {LR}/ or {HR}/")
-        if not count and not left_out:
+    with console.plain_errors():
+        sets = [find_pairs(options.root / name) for name in (TRAINING, TEST)]
+        jobs, problems = (list(chain(*each)) for each in zip(*sets, strict=True))
+        if not jobs and not problems:
             raise UserError(
-                f"{options.root}: no images; put those to enlarge into {TEST}/{LR},"
+                f"{options.root}: no images; put those to upscale into {TEST}/{LR},"
                 f" those to train on into {TRAINING}/{HR}"
             )
-        report("Sliced", count, left_out, start, " and ".join(folders) or "no tiles")
+        where = " and ".join(sorted({str(job.target) for job in jobs}))
+        pipeline.for_each(
+            jobs,
+            lambda pair, _: partial(slice_pair, pair, options.tiles, options.pad),
+            "Sliced",
+            where,
+            problems=problems,
+            threads=options.threads,
+        )
 
 
-def even_int(text: str) -> int:
-    """Parses an option that is an even number of at least 0."""
-    if not text.isdecimal() or int(text) % 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an even number of 0 or more")
-    return int(text)
+@dataclass(frozen=True)
+class Pair(pipeline.Job):
+    """An LR image to cut into tiles in a folder, its HR image if any, and their old tiles."""
+
+    hr: Path | None
+    old: list[Path]
 
 
-def find_pairs(folder: Path) -> tuple[dict[str, tuple[Path, Path | None]], list[str]]:
-    """Returns the (LR, HR) images of a set by id, and warnings about those that cannot be used.
+def find_pairs(folder: Path) -> tuple[list[Pair], list[str]]:
+    """Returns the pairs of a set, and a line for each image that has to be skipped.
 
-    An LR image that is still to be made has its future path here; HR is None for a test image
-    whose ground truth nobody has.
+    An LR image that is still to be made has its future path here.
     """
-    lr, warnings = find_images(folder / LR)
-    hr, twins = find_images(folder / HR)
-    pairs, made = {}, 0
+    (lr, problems), (hr, twins) = (tiles.find_images(folder / size) for size in (LR, HR))
+    old = [tiles.find_tiles(folder / size / TILES) for size in (LR, HR)]
+    pairs, problems = [], problems + twins
     for name in sorted(lr.keys() | hr.keys()):
-        if name not in lr:
-            named = f"image_{LR}_{name}" if name != hr[name].stem else name
-            lr[name] = folder / LR / f"{named}.png"
-            made += 1
         if name not in hr and folder.name == TRAINING:
-            warnings.append(f"{lr[name]}: has no HR partner in {folder / HR}; add it")
-        else:
-            pairs[name] = lr[name], hr.get(name)
-    if made:
-        say(f"{folder}: making {made} LR images from HR by bicubic, a quarter of the size")
-    return pairs, warnings + twins
+            problems.append(f"{lr[name]}: has no HR partner in {folder / HR}; add it")
+            continue
+        named = f"image_{LR}_{name}" if name in hr and name != hr[name].stem else name
+        path = lr.get(name, folder / LR / f"{named}.png")
+        paths = [path for found in old for path in found.get(name, {}).values()]
+        pairs.append(Pair(name, path, folder / LR / TILES, hr.get(name), paths))
+    if made := len(hr.keys() - lr.keys()):
+        console.info(f"{folder}: making {made} LR images from HR by bicubic, a quarter of the size")
+    return pairs, problems
 
 
-def slice_pair(
-    lr_path: Path,
-    hr_path: Path | None,
-    name: str,
-    earlier: dict[str, dict[str, dict[Position, Path]]],
-    tiles: int,
-    pad: int,
-) -> list[str]:
-    """Cuts one LR image and, in the training set, its HR partner.
-
-    Args:
-        name: their id.
-        earlier: the tiles of the set that are there already: {`LR` or `HR`: {id: tiles}}.
+def slice_pair(pair: Pair, count: int, pad: int) -> list[str]:
+    """Cuts an LR image and, in the training set, its HR partner.
 
     Returns:
         A sentence for everything in the images that tiles cannot hold.
-
-    Raises:
-        ImageError: an image cannot be used, or the two do not fit each other.
     """
-    if hr_path:
-        make_lr(lr_path, hr_path)
-    grid = Grid.of(lr_path, tiles, pad)
-    if hr_path:
-        height, width = image_size(hr_path)
-        if (height // SCALE, width // SCALE) != (grid.height, grid.width):
-            raise ImageError(
-                f"{hr_path}: its size {width}x{height} is not {SCALE} times that of"
-                f" {lr_path.name}, {grid.width}x{grid.height}; remove the latter to have it made"
-            )
-    folder = lr_path.parent.parent
-    tiled = earlier[LR].get(name, {})
-    notes = slice_image(lr_path, name, folder / LR / TILES, tiled, grid)
-    if hr_path and folder.name == TRAINING:
-        tiled = earlier[HR].get(name, {})
-        notes += slice_image(hr_path, name, folder / HR / TILES, tiled, grid, SCALE)
+    if pair.hr:
+        make_lr(pair.source, pair.hr)
+        pipeline.check_size(pair.hr, pair.source)
+    grid = tiles.Grid(*images.image_size(pair.source), count, pad)
+    if min(grid.height, grid.width) < count:
+        raise ImageError(f"{pair.source}: too small for {count}x{count}; slice with fewer --tiles")
+    jobs, root = [(pair.source, pair.target, 1)], pair.source.parent.parent
+    if pair.hr and root.name == TRAINING:
+        jobs.append((pair.hr, root / HR / TILES, SCALE))
+    written, notes = set(), []
+    for path, folder, scale in jobs:
+        photo, stamp = images.read_photo(path), str(Stamp(files.digest(path), str(grid)))
+        image = photo.rgb[: scale * grid.height, : scale * grid.width]
+        folder.mkdir(parents=True, exist_ok=True)
+        for at in grid:
+            tile = folder / tiles.tile_name(pair.name, *at)
+            images.write_png(tile, tiles.cut_tile(image, grid, *at, scale), stamp)
+            written.add(tile)
+        notes += photo.notes
+    for path in set(pair.old) - written:  # of another grid
+        path.unlink(missing_ok=True)
     return notes
 
 
-def make_lr(lr_path: Path, hr_path: Path) -> None:
-    """Makes an LR image from HR unless there is one that is the user's own or up to date.
+def make_lr(lr: Path, hr: Path) -> None:
+    """Makes an LR image from HR unless the user brought one.
 
     HR rows and columns beyond a multiple of `SCALE` are left out, as the papers do.
     """
-    stamp = f"{MADE} {source_stamp(hr_path)}"
-    if os.path.lexists(lr_path):
-        present = read_stamp(lr_path) or ""
-        if present == stamp or not present.startswith(MADE):
+    if os.path.lexists(lr):
+        stamp = Stamp.read(lr)
+        if not (stamp and stamp.is_downscaled):
             return
-    if min(image_size(hr_path)) < SCALE:
-        raise ImageError(f"{hr_path}: smaller than {SCALE}x{SCALE} pixels; remove it")
-    lr_path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(lr_path, bicubic(read_image(hr_path), 1 / SCALE), stamp)
-
-
-def slice_image(
-    path: Path,
-    name: str,
-    folder: Path,
-    earlier: dict[Position, Path],
-    grid: Grid,
-    scale: int = 1,
-) -> list[str]:
-    """Writes the tiles of one image into `folder`, unless those there were cut from it as it is.
-
-    Args:
-        earlier: the tiles of this image that are in `folder`, of whatever grid.
-        grid: of the LR image; `path` is `scale` times its size.
-
-    Returns:
-        A sentence for every change that reading the image made.
-    """
-    stamp, wanted = tile_stamp(path, grid), set(grid)
-    if earlier.keys() == wanted and all(read_stamp(tile) == stamp for tile in earlier.values()):
-        return []
-    photo = read_photo(path)
-    image = photo.rgb[: scale * grid.height, : scale * grid.width]
-    folder.mkdir(parents=True, exist_ok=True)
-    for at in grid:
-        write_png(folder / tile_name(name, *at), cut_tile(image, grid, *at, scale), stamp)
-    for at in earlier.keys() - wanted:
-        earlier[at].unlink(missing_ok=True)
-    return [f"{path}: {note}" for note in photo.notes]
+    if min(images.image_size(hr)) < SCALE:
+        raise ImageError(f"{hr}: smaller than {SCALE}x{SCALE} pixels; remove it")
+    lr.parent.mkdir(parents=True, exist_ok=True)
+    image = images.bicubic(images.read_image(hr), 1 / SCALE)
+    images.write_png(lr, image, str(Stamp(files.digest(hr))))
 
 
 if __name__ == "__main__":

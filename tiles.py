@@ -5,26 +5,21 @@ belong to what. It needs no torch. Images are `(H, W, 3)` uint8, RGB; LR is the 
 enlarge, HR the one `SCALE` times its size.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import quote
 
 import cv2
 import numpy as np
 
-from images import SUFFIXES, ImageError, image_size, read_header, read_stamp
+import images
+from console import ImageError
 
 SCALE = 4
-ROOT = Path(__file__).resolve().parent
 TRAINING, TEST = "TrainingSet", "TestSet"
 LR, HR, TILES, OUTPUT, JOINED = "600px", "2400px", "croppedoverl", "output", "final"
-FOREIGN = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg"} - SUFFIXES
-FOREIGN |= {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}  # raw
-MADE = "bicubic of"  # stamp of the LR images that slicing makes
 SLICE_AGAIN = "run `python slice_images_w_overlapping.py` again"
 
 Area = tuple[slice, slice]  # rows and columns of an image
@@ -34,7 +29,7 @@ Position = tuple[int, int]  # row and column of a tile, from 1
 # Areas ----------------------------------------------------------------------------------------
 
 
-def whole(shape: tuple[int, ...]) -> Area:
+def full_area(shape: tuple[int, ...]) -> Area:
     """Returns the area of all pixels of an array of shape `(H, W, ...)`."""
     return slice(0, shape[0]), slice(0, shape[1])
 
@@ -123,8 +118,6 @@ class Grid:
     The cut lines divide the image evenly. A tile is its cell between two cut lines and
     `pad // 2` LR pixels more on every side, so neighbours share `pad` LR pixels.
 
-    Raises:
-        ImageError: the image has fewer pixels a side than there are to be tiles.
     """
 
     height: int
@@ -132,23 +125,32 @@ class Grid:
     tiles: int = 6
     pad: int = 8
 
-    def __post_init__(self) -> None:
-        if self.tiles < 1 or self.pad < 0 or self.pad % 2:
-            raise ImageError(f"--tiles {self.tiles} --pad {self.pad}: at least 1, and even")
-        if min(self.height, self.width) < self.tiles:
-            raise ImageError(
-                f"{self.width}x{self.height} pixels are too few for {self.tiles}x{self.tiles}"
-                " tiles; remove it or slice with fewer --tiles"
-            )
-
     @classmethod
-    def of(cls, path: Path, tiles: int, pad: int) -> "Grid":
-        """Returns the grid of an LR image; ImageError names the file that it does not suit."""
-        size = image_size(path)
-        try:
-            return cls(*size, tiles, pad)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from error
+    def of_tiles(cls, size: tuple[int, int], found: dict[Position, Path], scale: int = 1) -> "Grid":
+        """Returns the grid that an image's tiles were cut by, from their rows, columns and sizes.
+
+        Args:
+            size: height and width of the LR image.
+            found: its tiles, at `scale` times the LR size.
+
+        Raises:
+            ImageError: a tile is missing, or not of its place's size.
+        """
+        if not found:
+            raise ImageError("has no tiles")
+        first, count = min(found), max(max(at) for at in found)
+        height, _ = images.image_size(found[first])
+        pad = height // scale - shape_of(cls(*size, count, 0).cell(*first))[0]
+        grid = cls(*size, count, max(pad, 0))
+        for at in grid:
+            if at not in found:
+                raise ImageError(f"tile {at} of {count}x{count} is missing")
+            if images.image_size(found[at]) != grid.tile_shape(*at, scale):
+                raise ImageError(f"{found[at].name} is not of the size of tile {at}")
+        return grid
+
+    def __str__(self) -> str:
+        return f"{self.tiles}x{self.tiles}+{self.pad}"
 
     def __iter__(self) -> Iterator[Position]:
         """Yields every (row, col), both counted from 1."""
@@ -156,7 +158,7 @@ class Grid:
 
     def cell(self, row: int, col: int, scale: int = 1) -> Area:
         """Returns the area between tile (row, col)'s cut lines at `scale` times the LR size."""
-        rows, cols = whole((self.height, self.width))
+        rows, cols = full_area((self.height, self.width))
         area = _part(rows, row - 1, self.tiles), _part(cols, col - 1, self.tiles)
         return scaled(area, scale)
 
@@ -164,11 +166,6 @@ class Grid:
         """Returns the height and width of tile (row, col), overlap included."""
         height, width = shape_of(self.cell(row, col, scale))
         return height + self.pad * scale, width + self.pad * scale
-
-
-def cut(image: np.ndarray, grid: Grid, scale: int = 1) -> dict[Position, np.ndarray]:
-    """Returns all tiles of an image, {(row, col): tile}, as `cut_tile` makes them."""
-    return {at: cut_tile(image, grid, *at, scale) for at in grid}
 
 
 def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) -> np.ndarray:
@@ -195,7 +192,7 @@ def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) 
 def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.ndarray:
     """Returns the image that `tiles` cover, neighbours cross-faded over the pixels they share.
 
-    The inverse of `cut`, to the bit.
+    The inverse of `cut_tile`, to the bit.
     """
     overlap = grid.pad * scale
     numbers = range(1, grid.tiles + 1)
@@ -231,33 +228,33 @@ def image_id(path: Path) -> str:
 
 
 def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Returns the images of a folder by id, sorted by id, and warnings about those left out.
+    """Returns the images of a folder by id, sorted by id, and a line for each that is left out.
 
     In an LR folder `0001x4.png`, as benchmark sets have it, gets the id of `0001.png` in the HR
     folder beside, unless either folder has another image that this id or name belongs to.
     """
-    found, warnings = _list_images(folder)
+    found, problems = _list_images(folder)
     if folder.name == LR:
         hr, _ = _list_images(folder.with_name(HR))
         for name in list(found):
             plain = name.removesuffix(f"x{SCALE}")
             if plain in hr and plain not in found and name not in hr:
                 found[plain] = found.pop(name)
-    return dict(sorted(found.items())), warnings
+    return dict(sorted(found.items())), problems
 
 
 def _list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     found: dict[str, Path] = {}
-    warnings = []
+    problems = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         suffix = path.suffix.lower()
         if path.name.startswith("."):
             continue
-        if suffix in FOREIGN:
-            warnings.append(f"{path}: {suffix} cannot be read here; convert it to PNG")
-        elif suffix in SUFFIXES and (twin := found.setdefault(image_id(path), path)) != path:
-            warnings.append(f"{path}: has the same id as {twin.name}; rename one of them")
-    return found, warnings
+        if suffix in images.FOREIGN:
+            problems.append(f"{path}: {suffix} cannot be read here; convert it to PNG")
+        elif suffix in images.SUFFIXES and (twin := found.setdefault(image_id(path), path)) != path:
+            problems.append(f"{path}: has the same id as {twin.name}; rename one of them")
+    return found, problems
 
 
 def tile_name(name: str, row: int, col: int) -> str:
@@ -269,106 +266,7 @@ def find_tiles(folder: Path) -> dict[str, dict[Position, Path]]:
     """Returns {id: {(row, col): path}} of all files of a folder that are named like tiles."""
     found: dict[str, dict[Position, Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        match = re.fullmatch(r"(.+)_(\d{2,})_(\d{2,})", path.stem, re.DOTALL)
+        match = re.fullmatch(r"(.+)_(\d+)_(\d+)", path.stem, re.DOTALL)  # the original: 0006_1_6
         if match and not path.name.startswith("."):
-            found.setdefault(match[1], {})[int(match[2]), int(match[3])] = path
+            found.setdefault(match[1], {}).setdefault((int(match[2]), int(match[3])), path)
     return found
-
-
-# Stamps: what a file was made from ------------------------------------------------------------
-
-
-def source_stamp(path: Path) -> str:
-    """Returns name, bytes and time of change of a file, by which to know it again."""
-    status = path.stat()
-    return f"{quote(os.fsencode(path.name))} {status.st_size} {status.st_mtime_ns}"
-
-
-def edges_stamp(path: Path | None) -> str:
-    """Returns the part of a stamp that names a file of edges, empty for predicted ones."""
-    return f" edges {source_stamp(path)}" if path else ""
-
-
-def tile_stamp(path: Path, grid: Grid) -> str:
-    """Returns the stamp of the tiles that `grid` makes of the image file as it is now.
-
-    HR tiles made from these have ` | ` and the digest of the weights after it.
-    """
-    return f"{source_stamp(path)} {grid.tiles}x{grid.tiles} pad {grid.pad}"
-
-
-def grid_of(lr_path: Path, tiles: dict[Position, Path]) -> Grid:
-    """Returns the grid by which an LR image's tiles, or its HR tiles, were cut, from a stamp."""
-    stamp = (read_stamp(next(iter(tiles.values()))) if tiles else None) or ""
-    cut = re.search(r" (\d+)x\d+ pad (\d+)(?= \||$)", stamp)
-    return Grid.of(lr_path, *map(int, cut.groups() if cut else (1, 0)))
-
-
-def check_tiles(
-    name: str,
-    found: dict[Position, Path],
-    grid: Grid,
-    expected: str,
-    remedy: str,
-    scale: int = 1,
-) -> str:
-    """Checks that `found` are exactly the grid's tiles, all made from the image as it is now.
-
-    Args:
-        name: the image's id.
-        expected: the image's `tile_stamp`.
-        remedy: what is to be done otherwise, such as "run `python main.py test` again".
-        scale: 1 for LR tiles, `SCALE` for HR tiles.
-
-    Returns:
-        The tiles' common stamp: `expected`, or `expected`, ` | ` and what else went into them.
-
-    Raises:
-        ImageError: names the first tile that is missing, foreign, stale, or of another size.
-    """
-    if not found:
-        raise ImageError(f"{name}: has no tiles; {remedy}")
-    wanted, first = set(grid), found[min(found)]
-    stamp, _ = read_header(first)
-    for at in sorted(wanted | found.keys()):
-        path = found.get(at, first.with_name(tile_name(name, *at)))
-        if at not in found:
-            raise ImageError(f"{path}: missing; {remedy}")
-        if at not in wanted:
-            raise ImageError(f"{path}: not one of {grid.tiles}x{grid.tiles} tiles; {remedy}")
-        made, size = read_header(path)
-        if made is None or made.partition(" | ")[0] != expected:
-            raise ImageError(f"{path}: not made from this image as it is now; {remedy}")
-        if made != stamp:
-            raise ImageError(f"{path}: not made by the same weights as the others; {remedy}")
-        if size != grid.tile_shape(*at, scale):
-            raise ImageError(f"{path}: not of its place's size; {remedy}")
-    return stamp
-
-
-def check_made_lr(lr_path: Path, hr_path: Path) -> None:
-    """Raises ImageError if slicing made an LR image, but from HR as it was before a change."""
-    stamp = read_stamp(lr_path) or ""
-    if stamp.startswith(MADE) and stamp != f"{MADE} {source_stamp(hr_path)}":
-        raise ImageError(f"{lr_path}: made from {hr_path.name} as it was; {SLICE_AGAIN}")
-
-
-def check_size(hr_path: Path, lr_path: Path) -> None:
-    """Raises ImageError unless an image is `SCALE` times as large as LR, but for a remainder."""
-    for hr_side, lr_side in zip(image_size(hr_path), image_size(lr_path), strict=True):
-        if hr_side // SCALE != lr_side:
-            raise ImageError(f"{hr_path}: is not {SCALE} times the size of {lr_path}; replace it")
-
-
-def check_pair(
-    name: str,
-    lr_path: Path,
-    hr_path: Path,
-    lr: dict[Position, Path],
-    hr: dict[Position, Path],
-) -> None:
-    """Raises ImageError unless training tiles are all there and of the images as they are now."""
-    grid = grid_of(lr_path, lr)
-    check_made_lr(lr_path, hr_path)
-    check_tiles(name, lr, grid, tile_stamp(lr_path, grid), SLICE_AGAIN)
-    check_tiles(name, hr, grid, tile_stamp(hr_path, grid), SLICE_AGAIN, SCALE)

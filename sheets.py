@@ -1,0 +1,53 @@
+"""Comparison sheets: details of images at 100 %, side by side, with captions."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import images
+import tiles
+
+DETAIL, GAP, CAPTION = 192, 8, 20  # pixels, which GitHub shows at 100 %
+
+Cell = tuple[str, np.ndarray]  # caption and image, `(H, W, 3)` uint8
+
+
+def draw_edges(edges: np.ndarray) -> np.ndarray:
+    """Returns edges `(H, W)` uint8 as an image `(H, W, 3)`, dark on white."""
+    return np.repeat(255 - edges[..., None], 3, axis=2)
+
+
+def draw_sheet(rows: list[list[Cell]], centers: list[tuple[float, float]]) -> np.ndarray:
+    """Returns a sheet with a detail of every image at 100 %, captions above.
+
+    Args:
+        rows: of images of one size each.
+        centers: of each row's details, as fractions of height and width.
+    """
+    columns = max(map(len, rows))
+    width, height = columns * (DETAIL + GAP) + GAP, len(rows) * (DETAIL + CAPTION + GAP) + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row, (cells, center) in enumerate(zip(rows, centers, strict=True)):
+        y = GAP + row * (DETAIL + CAPTION + GAP)
+        for column, (caption, image) in enumerate(cells):
+            x = GAP + column * (DETAIL + GAP)
+            draw.text((x, y), caption, "black", font)
+            sheet.paste(Image.fromarray(crop_detail(image, center)), (x, y + CAPTION))
+    return np.asarray(sheet)
+
+
+def draw_preview(lr: np.ndarray, sr: np.ndarray, hr_edges: np.ndarray | None) -> np.ndarray:
+    """Returns a sheet of one result: bicubic interpolation, the edges if any, the result."""
+    cells = [("bicubic", images.bicubic(lr, tiles.SCALE)), ("Edge.SRGAN", sr)]
+    if hr_edges is not None:
+        cells.insert(1, ("edges", draw_edges(hr_edges)))
+    return draw_sheet([cells], [(0.5, 0.5)])
+
+
+def crop_detail(image: np.ndarray, center: tuple[float, float]) -> np.ndarray:
+    """Returns the square of the sheet's size around a place, as far inside as need be."""
+    starts = [
+        max(0, min(round(place * length) - DETAIL // 2, length - DETAIL))
+        for place, length in zip(center, image.shape[:2], strict=True)
+    ]
+    return image[*(slice(start, start + DETAIL) for start in starts)]
