@@ -1,82 +1,122 @@
 """Measures what each part of the network brings, on images whose ground truth is known.
 
-    python ablation.py [--root DIR] [--ckpts DIR] [--jpeg QUALITY]
+    python ablation.py [--root DIR] [--ckpts DIR] [--jpeg QUALITY] [--output DIR]
 
 Takes the images of TestSet/600px with a partner in TestSet/2400px; slicing makes the former where
-only the latter are there. Prints the mean metrics of bicubic interpolation, of the SRResNet, and
-of the generator before and after adversarial training, each with the edges of the ground truth,
-with predicted edges and with none, and by how many grey levels they shift each colour; then how
-well edges are predicted.
+only the latter are there. Compares bicubic interpolation, the SRResNet, the SRGAN at two settings
+of its texture, and the generator before and after adversarial training, each with the edges of the
+ground truth, with predicted edges and with none; then how well edges are predicted. Prints the
+means, writes them to DIR/images.csv and DIR/edges.csv, and every image to DIR/{variant}/{id}.png.
 """
 
-import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from console import UserError, existing_folder, plain_errors, progress
-from dataset import through_jpeg
-from device import open_device, to_tensor
-from images import bicubic, canny, read_image, repeat
+import console
+import dataset
+import images
+import metrics
+import pipeline
+import tiles
+from console import UserError
+from device import Device, open_device, to_tensor
 from inference import Enlarger
-from metrics import Metrics, color_shift, compare, compare_edges, mean_of, print_table
-from tiles import HR, LR, ROOT, SCALE, TEST, check_made_lr, check_size, find_images
+from metrics import Metrics
+from tiles import HR, LR, SCALE, TEST
 
 
 def main() -> None:
     """Measures all variants and prints two tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--root", type=existing_folder, default=ROOT, help="folder of TestSet/")
-    add("--ckpts", type=Path, default=ROOT / "ckpts", help="folder of the weights")
-    add(
-        "--jpeg",
-        type=int,
-        choices=range(1, 101),
-        metavar="1..100",
-        help="quality of the JPEG that LR is saved as first",
-    )
+    parser = console.Parser(__doc__)
+    add, root = parser.add_argument, console.ROOT
+    quality = console.number(int, "a quality from 1 to 100", lambda n: 1 <= n <= 100)
+    add("--root", type=console.existing_folder, default=root, help="folder of TestSet/")
+    add("--ckpts", type=console.existing_folder, default=root / "ckpts", help="folder of weights")
+    add("--jpeg", type=quality, help="quality of the JPEG to save LR as first")
+    add("--output", type=console.path, shown="ROOT/ablation", help="folder of tables and images")
     options = parser.parse_args()
-    lr_paths, hr_paths = (find_images(options.root / TEST / size)[0] for size in (LR, HR))
+    output = options.output or options.root / "ablation"
+    lr_paths, hr_paths = (tiles.find_images(options.root / TEST / size)[0] for size in (LR, HR))
     names = [name for name in lr_paths if name in hr_paths]
     if not names:
-        raise UserError(f"{options.root / TEST}: no image is in both {LR}/ and {HR}/")
+        raise UserError(f"{options.root / TEST}: no image is in both {LR}/ and {HR}/; slice first")
     for name in names:
-        check_made_lr(lr_paths[name], hr_paths[name])
-        check_size(hr_paths[name], lr_paths[name])
+        pipeline.check_downscaled(lr_paths[name], hr_paths[name])
+        pipeline.check_size(hr_paths[name], lr_paths[name])
 
-    images: dict[str, list[Metrics]] = {}
-    edges: dict[str, list[Metrics]] = {}
+    by_variant: dict[str, list[Metrics]] = defaultdict(list)
+    by_edges: dict[str, list[Metrics]] = defaultdict(list)
     with open_device() as device:
-        edge_path = options.ckpts / "EdgeModel_gen.pth"
-        srresnet, premodel, srmodel = (
-            Enlarger.load(options.ckpts / f"{name}_gen.pth", edge_path, device)
-            for name in ("SRResNet", "PreModel", "SRModel")
-        )
-        for name in progress(names, "Measuring", unit="image"):
-            lr, hr = read_image(lr_paths[name]), read_image(hr_paths[name])
+        enlargers = load_enlargers(options.ckpts, device)
+        for name in console.progress(names, desc="Measuring", unit="image"):
+            lr, hr = images.read_image(lr_paths[name]), images.read_image(hr_paths[name])
             hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
             if options.jpeg:
-                lr = through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
-            true, predicted = canny(hr), srmodel.predict_edges(lr)
-            given = {"true": true, "predicted": predicted, "no": np.zeros_like(true)}
-            made = {"bicubic": bicubic(lr, SCALE), "SRResNet": srresnet(lr)}
-            for title, enlarger in {"PreModel": premodel, "SRModel": srmodel}.items():
-                made |= {f"{title}, {kind} edges": enlarger(lr, e) for kind, e in given.items()}
-            for title, sr in made.items():
-                metrics = compare(sr, hr, device) | color_shift(sr, hr)
-                images.setdefault(title, []).append(metrics)
-            enlarged = repeat(canny(lr), SCALE)
-            for title, found in {"edges of LR, enlarged": enlarged, "predicted": predicted}.items():
+                lr = dataset.through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
+            true = images.canny(hr)
+            made, found = make_variants(lr, true, enlargers)
+            for variant, sr in made.items():
+                row = metrics.compare(sr, hr, device) | metrics.color_shift(sr, hr)
+                by_variant[variant].append(row)
+                (output / variant).mkdir(parents=True, exist_ok=True)
+                images.write_png(output / variant / f"{name}.png", sr)
+            for source, edges in found.items():
                 for tolerance in (0, 1):
-                    row = edges.setdefault(f"{title}, within {tolerance} px", [])
-                    row.append(compare_edges(found, true, device, tolerance))
-    for table in (images, edges):
-        print_table([(title, mean_of(rows)) for title, rows in table.items()])
+                    row = metrics.compare_edges(edges, true, device, tolerance)
+                    by_edges[f"{source}, within {tolerance} px"].append(row)
+    for file, table in {"images.csv": by_variant, "edges.csv": by_edges}.items():
+        rows = [(title, metrics.mean_of(each)) for title, each in table.items()]
+        metrics.print_table(rows)
+        metrics.write_csv(output / file, rows)
+    console.info(f"Look at {output}")
+
+
+def load_enlargers(ckpts: Path, device: Device) -> dict[str, Enlarger]:
+    """Returns the networks to compare by name, those whose weights are there."""
+    srresnet, srgan, pre, full = (
+        ckpts / f"{name}_gen.pth" for name in ("SRResNet", "SRGAN", "PreModel", "SRModel")
+    )
+    shares = {
+        "SRResNet": {srresnet: 1},
+        "SRGAN, texture 0.5": {srresnet: 0.5, srgan: 0.5},
+        "SRGAN": {srgan: 1},
+        "PreModel": {pre: 1},
+        "SRModel": {full: 1},
+    }
+    return {
+        title: Enlarger.load(each, ckpts / "EdgeModel_gen.pth", device)
+        for title, each in shares.items()
+        if all(path.exists() for path in each)
+    }
+
+
+def make_variants(
+    lr: np.ndarray, true: np.ndarray, enlargers: dict[str, Enlarger]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns the HR images by variant, and HR edges by source.
+
+    Args:
+        lr: `(H, W, 3)` uint8, RGB.
+        true: `(4H, 4W)` uint8, Canny edges of the ground truth.
+    """
+    predicted = next(each for each in enlargers.values() if each.needs_edges).predict_edges(lr)
+    given = {"true": true, "predicted": predicted, "no": np.zeros_like(true)}
+    made = {"bicubic": images.bicubic(lr, SCALE)}
+    for title, enlarger in enlargers.items():
+        if enlarger.needs_edges:
+            made |= {f"{title}, {kind} edges": enlarger(lr, e) for kind, e in given.items()}
+        else:
+            made[title] = enlarger(lr)
+    found = {
+        "edges of LR, enlarged": images.repeat(images.canny(lr), SCALE),
+        "predicted edges": predicted,
+        "edges of the SRResNet's image": images.canny(made["SRResNet"]),
+    }
+    return made, found
 
 
 if __name__ == "__main__":
-    with plain_errors():
+    with console.plain_errors():
         main()

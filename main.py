@@ -6,7 +6,6 @@ python main.py train --resume
 torchrun --nproc-per-node=2 main.py train
 """
 
-import csv
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -339,11 +338,7 @@ def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device")
     if not found or device.rank:
         return
     found.append(("mean", metrics.mean_of([row for _, row in found])))
-    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with files.replacing(path) as temporary, temporary.open("w", **text) as file:
-        writer = csv.DictWriter(file, ["image", *found[-1][1]])
-        writer.writeheader()
-        writer.writerows({"image": name, **row} for name, row in found)
+    metrics.write_csv(path, found)
     metrics.print_table(found)
 
 

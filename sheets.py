@@ -1,5 +1,6 @@
 """Comparison sheets: details of images at 100 %, side by side, with captions."""
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -37,11 +38,30 @@ def draw_sheet(rows: list[list[Cell]], centers: list[tuple[float, float]]) -> np
 
 
 def draw_preview(lr: np.ndarray, sr: np.ndarray, hr_edges: np.ndarray | None) -> np.ndarray:
-    """Returns a sheet of one result: bicubic interpolation, the edges if any, the result."""
-    cells = [("bicubic", images.bicubic(lr, tiles.SCALE)), ("Edge.SRGAN", sr)]
+    """Returns a sheet of one result: the whole image, small, and the details with most structure.
+
+    Each detail as bicubic interpolation makes it, its edges if there are any, and the result.
+    """
+    cells = [("bicubic", images.bicubic(lr, tiles.SCALE)), ("generated", sr)]
     if hr_edges is not None:
         cells.insert(1, ("edges", draw_edges(hr_edges)))
-    return draw_sheet([cells], [(0.5, 0.5)])
+    small = Image.fromarray(sr)
+    small.thumbnail((DETAIL, DETAIL))
+    centers = find_details(lr, DETAIL // tiles.SCALE)
+    rows = [[("whole image", np.asarray(small))]] + [cells] * len(centers)
+    return draw_sheet(rows, [(0.5, 0.5), *centers])
+
+
+def find_details(image: np.ndarray, side: int, most: int = 3) -> list[tuple[float, float]]:
+    """Returns the centers of the squares with most structure, as fractions of height and width."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    structure = cv2.boxFilter(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), -1, (side, side))
+    centers = []
+    while len(centers) < most and structure.max() > 0:
+        row, col = np.unravel_index(structure.argmax(), structure.shape)
+        centers.append((float(row / len(gray)), float(col / gray.shape[1])))
+        structure[max(0, row - side) : row + side, max(0, col - side) : col + side] = 0
+    return centers
 
 
 def crop_detail(image: np.ndarray, center: tuple[float, float]) -> np.ndarray:
