@@ -1,6 +1,5 @@
 import contextlib
 import errno
-import io
 import os
 import struct
 import subprocess
@@ -15,24 +14,13 @@ import pytest
 import skimage.color
 import skimage.data
 import skimage.feature
-from fuzz_images import fuzz
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
+import console
 import images
-from images import (
-    ImageError,
-    Photo,
-    StorageError,
-    bicubic,
-    canny,
-    image_size,
-    read_image,
-    read_photo,
-    read_stamp,
-    replacing,
-    write_image,
-    write_png,
-)
+import metadata
+from images import Photo, read_photo, write_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -40,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PHOTO = np.ascontiguousarray(skimage.data.astronaut()[:60, 180:260])  # 60 x 80
 GRAY = np.asarray(Image.fromarray(PHOTO).convert("L"))
 HOLED = np.where(np.add.outer(np.arange(60), np.arange(80)) < 60, 0, 255).astype(np.uint8)
+STAMP = "source=0123456789abcdef grid=6x6 weights=fp32"
 
 
 def save(path, image, **options):
@@ -49,11 +38,12 @@ def save(path, image, **options):
     return path
 
 
-def insert(path, kind, data, before):
+def insert(path, kind, data, before, checksum=None):
     """Inserts a chunk before the first chunk of type `before` of a PNG file."""
     png = path.read_bytes()
     at = png.index(before) - 4
-    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    checksum = zlib.crc32(kind + data) if checksum is None else checksum
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
     path.write_bytes(png[:at] + chunk + png[at:])
     return path
 
@@ -63,31 +53,20 @@ def difference(one, other):
 
 
 def enlarged(photo):
-    return bicubic(photo.rgb, 4)
+    return images.bicubic(photo.rgb, 4)
 
 
 def result_of(tmp_path, photo, suffix=".png"):
-    """Writes an enlarged photo and opens the result."""
+    """Writes an enlarged photo and opens the result, which has nothing to note when read again."""
     path = tmp_path / f"result{suffix}"
-    write_image(path, enlarged(photo), photo)
+    write_image(path, enlarged(photo), photo, STAMP)
+    assert read_photo(path).notes == []
     image = Image.open(path)
     image.load()
     return image
 
 
-# Modes ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
-def test_rgb_is_read_to_the_bit(tmp_path, suffix):
-    path = save(tmp_path / f"a{suffix}", PHOTO)
-    photo = read_photo(path)
-    assert (photo.rgb == PHOTO).all() and (read_image(path) == PHOTO).all()
-    assert (photo.alpha, photo.gray, photo.icc, photo.exif, photo.notes) == (*NOTHING, [])
-    assert image_size(path) == (60, 80)
-
-
-NOTHING = (None, False, None, None)
+# Formats and modes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", sorted(images.SUFFIXES))
@@ -96,13 +75,17 @@ def test_every_suffix_is_read(tmp_path, suffix):
     Image.fromarray(PHOTO).save(path, Image.registered_extensions()[suffix], quality=95)
     photo = read_photo(path)
     assert np.abs(photo.rgb.astype(int) - PHOTO).mean() < 4
-    assert image_size(path) == (60, 80) and photo.notes == []
+    assert images.read_image(path).flags.writeable and images.image_size(path) == (60, 80)
+    assert (images.read_image(path) == photo.rgb).all()
+    if suffix in (".png", ".tif", ".bmp", ".ppm", ".tga", ".pcx"):
+        assert (photo.rgb == PHOTO).all()
+    photo.dpi = None  # PCX says one
+    assert vars(photo) == vars(Photo(photo.rgb))
 
 
-def test_pixels_can_be_written_to(tmp_path):
-    for image in (PHOTO, GRAY, np.dstack([PHOTO, HOLED])):
-        pixels = read_image(save(tmp_path / "a.png", image))
-        assert pixels.flags.writeable and pixels.flags.c_contiguous
+def test_suffixes_are_read_or_foreign():
+    assert not images.SUFFIXES & images.FOREIGN and images.RESULTS.keys() <= images.SUFFIXES
+    assert {".ico", ".heic", ".jp2"} <= images.FOREIGN
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -115,35 +98,31 @@ def test_grey_stays_grey(tmp_path, suffix, mode):
     assert result_of(tmp_path, photo).mode == "L"
 
 
-def test_equal_channels_come_back_equal(tmp_path):
-    photo = read_photo(save(tmp_path / "a.png", np.dstack([GRAY] * 3)))
-    assert photo.gray
+@pytest.mark.parametrize("suffix", images.RESULTS)
+def test_equal_channels_come_back_equal(tmp_path, suffix):
+    photo = Photo(np.dstack([GRAY] * 3))
     coloured = enlarged(photo)
     coloured[..., 0] = np.minimum(coloured[..., 0] + 9.0, 255)
-    for suffix in images.RESULTS:
-        write_image(tmp_path / f"b{suffix}", coloured, photo)
-        result = read_image(tmp_path / f"b{suffix}")
-        assert difference(result[..., :1], result) == 0
-    write_image(tmp_path / "c.png", enlarged(photo), photo)
-    assert (read_image(tmp_path / "c.png") == enlarged(photo)).all()  # grey is not changed
+    write_image(tmp_path / f"a{suffix}", coloured, photo)
+    result = images.read_image(tmp_path / f"a{suffix}")
+    assert difference(result[..., :1], result) == 0
 
 
-def test_grey_with_an_rgb_profile_stays_rgb(tmp_path):
-    path = save(tmp_path / "a.png", np.dstack([GRAY] * 3), icc_profile=DISPLAY_P3)
-    result = result_of(tmp_path, read_photo(path))
-    assert result.mode == "RGB" and result.info["icc_profile"] == DISPLAY_P3
-
-
-def test_16_bits_of_grey_are_rounded(tmp_path):
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm", ".zero.tif"])
+def test_16_bits_of_grey_are_rounded(tmp_path, suffix):
     deep = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
-    for suffix in (".png", ".tif"):
-        photo = read_photo(save(tmp_path / f"a{suffix}", deep))
-        assert (photo.rgb[..., 0] == np.rint(deep / 257)).all()
-        assert photo.gray and "8 bits" in photo.notes[0]
+    if suffix == ".zero.tif":  # white is 0
+        path = save(tmp_path / f"a{suffix}", 65535 - deep, tiffinfo={262: 0})
+    else:
+        path = save(tmp_path / f"a{suffix}", deep)
+    photo = read_photo(path)
+    assert difference(photo.rgb[..., 0], np.rint(deep / 257)) == 0
+    assert photo.gray and "8 bits" in photo.notes[0]
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize(
+    ("suffix", "channels"), [(".png", 3), (".png", 4), (".tif", 3), (".tif", 4), (".ppm", 3)]
+)
 def test_16_bits_of_colour_are_reduced_with_a_note(tmp_path, suffix, channels):
     image = np.dstack([PHOTO, np.full_like(GRAY, 200)])[..., :channels]
     path = tmp_path / f"a{suffix}"
@@ -155,27 +134,11 @@ def test_16_bits_of_colour_are_reduced_with_a_note(tmp_path, suffix, channels):
     assert channels == 3 or (photo.alpha == 200).all()
 
 
-@pytest.mark.parametrize(
-    ("values", "white"),
-    [
-        (GRAY / np.float32(255), 1),
-        (GRAY.astype(np.float32), 255),
-        (GRAY.astype(np.int32), 255),
-        (GRAY.astype(np.int32) * 257, 65535),
-    ],
-)
-def test_numbers_of_32_bits_are_read_if_they_can_be_grey_levels(tmp_path, values, white):
-    photo = read_photo(save(tmp_path / "a.tif", values))
-    assert (photo.rgb == np.rint(values * (255.0 / white))[..., None]).all()
-    assert "8 bits" in photo.notes[0]
-
-
-@pytest.mark.parametrize("odd", [-1.0, 70000.0, np.nan, np.inf])
-def test_numbers_that_are_no_grey_levels_are_refused(tmp_path, odd):
-    values = GRAY.astype(np.float32)
-    values[3, 4] = odd
-    with pytest.raises(ImageError, match=r"a\.tif.*values"):
-        read_photo(save(tmp_path / "a.tif", values))
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_32_bits_are_refused(tmp_path, kind):
+    path = save(tmp_path / "a.tif", GRAY.astype(kind))
+    with pytest.raises(console.ImageError, match=r"a\.tif.*32 bits.*convert"):
+        read_photo(path)
 
 
 def test_other_colour_spaces_become_rgb(tmp_path):
@@ -188,9 +151,7 @@ def test_other_colour_spaces_become_rgb(tmp_path):
     ):
         photo = read_photo(save(tmp_path / "a.tif", converted))
         assert np.abs(photo.rgb.astype(int) - PHOTO).mean() < 2
-        assert (
-            photo.notes == [f"converted from {converted.mode} to sRGB"][: converted.mode != "YCbCr"]
-        )
+        assert len(photo.notes) == (converted.mode != "YCbCr")
 
 
 def test_cmyk_goes_through_its_profile(tmp_path):
@@ -198,27 +159,24 @@ def test_cmyk_goes_through_its_profile(tmp_path):
     for suffix in (".jpg", ".tif"):
         photo = read_photo(save(tmp_path / f"a{suffix}", image, icc_profile=CYAN_IS_GRAY))
         assert difference(photo.rgb, 119) <= 1  # L* = 50
-        assert photo.icc is None and photo.notes == ["converted from CMYK to sRGB"]
-    photo = read_photo(save(tmp_path / "b.jpg", image, icc_profile=DISPLAY_P3))  # does not fit
+        assert photo.icc is None and "CMYK" in photo.notes[0]
+    photo = read_photo(save(tmp_path / "b.jpg", image, icc_profile=LINEAR_RGB))  # does not fit
     assert difference(photo.rgb, [0, 255, 255]) <= 1
 
 
 def test_of_an_animation_the_first_frame_is_taken(tmp_path):
     frames = [Image.fromarray(each).quantize(64) for each in (PHOTO, PHOTO[::-1])]
-    options = {"save_all": True, "append_images": frames[1:]}
     for suffix in (".gif", ".png", ".webp", ".tif"):
-        path = save(tmp_path / f"a{suffix}", frames[0], **options)
+        path = save(tmp_path / f"a{suffix}", frames[0], save_all=True, append_images=frames[1:])
         photo = read_photo(path)
         assert np.abs(photo.rgb.astype(int) - PHOTO).mean() < 8
-        assert photo.notes == ["only its first frame is used"]
-        assert (read_image(path) == photo.rgb).all()
-    frames[0].save(tmp_path / "b.gif")
-    assert read_photo(tmp_path / "b.gif").notes == []
+        assert "first frame" in photo.notes[0]
 
 
 def test_one_pixel_is_an_image_too(tmp_path):
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         photo = read_photo(save(tmp_path / "a.png", Image.new(mode, (1, 1))))
+        photo.notes.clear()
         assert result_of(tmp_path, photo).size == (4, 4)
 
 
@@ -232,13 +190,18 @@ def test_alpha_is_kept_beside_the_colours(tmp_path, suffix):
     assert (photo.alpha == HOLED).all()
     assert (photo.rgb[HOLED > 0] == PHOTO[HOLED > 0]).all()
     result = np.asarray(result_of(tmp_path, photo))
-    assert (result[..., 3] == bicubic(HOLED, 4)).all()
+    assert (result[..., 3] == images.bicubic(HOLED, 4)).all()
     assert (result[..., :3] == enlarged(photo)).all()
 
 
 def test_alpha_that_hides_nothing_is_no_alpha(tmp_path):
-    photo = read_photo(save(tmp_path / "a.png", Image.fromarray(PHOTO).convert("RGBA")))
-    assert photo.alpha is None
+    path = save(tmp_path / "a.png", Image.fromarray(PHOTO).convert("RGBA"))
+    assert read_photo(path).alpha is None
+
+
+def test_a_tga_in_which_all_is_transparent_has_no_transparency(tmp_path):
+    photo = read_photo(save(tmp_path / "a.tga", np.dstack([PHOTO, np.zeros_like(GRAY)])))
+    assert photo.alpha is None and (photo.rgb == PHOTO).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -296,33 +259,21 @@ def test_a_transparent_colour_of_another_depth(tmp_path):
     assert photo.rgb[0, :2, 0].tolist() == [0, 85]
 
 
-def test_hidden_colours_do_not_bleed_in(tmp_path):
-    logo = np.zeros((40, 40, 4), np.uint8)
-    logo[:] = (255, 0, 0, 0)  # red where nobody sees it
-    logo[10:30, 10:30] = (0, 0, 200, 255)
-    photo = read_photo(save(tmp_path / "logo.png", logo))
-    assert (photo.rgb == [0, 0, 200]).all()
-    assert (np.asarray(result_of(tmp_path, photo))[..., :2] == 0).all()
-    on_white = np.asarray(result_of(tmp_path, photo, ".jpg")).astype(int)
-    assert difference(on_white[:20, :20], 255) <= 3
-    assert difference(on_white[80, 80], [0, 0, 200]) <= 4
-    assert (on_white[..., 0] < on_white[..., 2] + 30).all()  # no red but the JPEG's own noise
-
-
 def test_hidden_pixels_take_the_nearest_visible_colour(tmp_path):
     image = np.zeros((20, 60, 4), np.uint8)
     image[:, :10], image[:, 50:] = (10, 20, 30, 255), (200, 210, 220, 1)
     rgb = read_photo(save(tmp_path / "a.png", image)).rgb
     assert (rgb[:, :28] == [10, 20, 30]).all() and (rgb[:, 32:] == [200, 210, 220]).all()
     image[..., 3] = 0
-    photo = read_photo(save(tmp_path / "a.png", image))
-    assert (photo.rgb == 0).all() and (photo.alpha == 0).all()
+    assert (read_photo(save(tmp_path / "a.png", image)).alpha == 0).all()
 
 
 def test_jpeg_says_that_it_has_no_transparency(tmp_path):
     photo = Photo(PHOTO, alpha=HOLED)
     assert "white" in write_image(tmp_path / "a.jpg", enlarged(photo), photo)[0]
-    assert write_image(tmp_path / "a.png", enlarged(photo), photo) == []
+    alpha, result = images.bicubic(HOLED, 4), images.read_image(tmp_path / "a.jpg")
+    assert result[alpha == 0].min() > 200
+    assert np.abs(result[alpha == 255].astype(int) - enlarged(photo)[alpha == 255]).mean() < 3
 
 
 # Orientation ----------------------------------------------------------------------------------
@@ -362,39 +313,36 @@ def test_images_are_turned_upright_by_their_tag(tmp_path, suffix, orientation):
         save(path, PHOTO, **options, **lossless)
     expected = UPRIGHT.get(orientation, UPRIGHT[1])(PHOTO)
     photo = read_photo(path)
-    assert image_size(path) == photo.rgb.shape[:2] == expected.shape[:2]
+    assert images.image_size(path) == photo.rgb.shape[:2] == expected.shape[:2]
     assert np.abs(photo.rgb.astype(int) - expected).mean() < 2
-    assert (read_image(path) == photo.rgb).all()
     result = result_of(tmp_path, photo)
     assert result.size == (4 * expected.shape[1], 4 * expected.shape[0])
     assert 0x0112 not in result.getexif()
     assert photo.notes == []
 
 
-def test_alpha_and_16_bits_are_turned_too(tmp_path):
-    path = save(tmp_path / "a.png", np.dstack([PHOTO, HOLED]), exif=exif_of(6))
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_other_modes_are_turned_too(tmp_path, suffix):
+    path = save(tmp_path / f"a{suffix}", np.dstack([PHOTO, HOLED]), exif=exif_of(6))
     assert (read_photo(path).alpha == np.rot90(HOLED, -1)).all()
-    deep = GRAY.astype(np.uint16) * 257
-    for mode_path in (
-        save(tmp_path / "b.png", deep, exif=exif_of(6)),
-        save(tmp_path / "b.tif", deep, exif=exif_of(6)),
-        save(tmp_path / "c.tif", GRAY, exif=exif_of(6)),
-        save(tmp_path / "d.tif", Image.fromarray(GRAY).convert("P"), exif=exif_of(6)),
-        save(tmp_path / "c.png", Image.fromarray(GRAY).convert("P"), exif=exif_of(6)),
-    ):
-        assert (read_photo(mode_path).rgb[..., 0] == np.rot90(GRAY, -1)).all()
-        assert image_size(mode_path) == (80, 60)
-    path = save(tmp_path / "d.jpg", Image.fromarray(PHOTO).convert("CMYK"), exif=exif_of(6))
-    assert read_photo(path).rgb.shape == (80, 60, 3)
+    for image in (GRAY, GRAY.astype(np.uint16) * 257, Image.fromarray(GRAY).convert("P")):
+        path = save(tmp_path / f"b{suffix}", image, exif=exif_of(6))
+        assert (read_photo(path).rgb[..., 0] == np.rot90(GRAY, -1)).all()
+        assert images.image_size(path) == (80, 60)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="%d"/>words</x:xmpmeta>'
 
 
 def test_xmp_alone_does_not_turn(tmp_path):
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     for path in (
-        save(tmp_path / "a.jpg", PHOTO, xmp=xmp),
-        save(tmp_path / "a.tif", PHOTO, tiffinfo={700: xmp}),
+        save(tmp_path / "a.jpg", PHOTO, xmp=XMP % 6),
+        save(tmp_path / "a.tif", PHOTO, tiffinfo={700: XMP % 6}),
     ):
-        assert image_size(path) == read_image(path).shape[:2] == (60, 80)
+        assert images.image_size(path) == images.read_image(path).shape[:2] == (60, 80)
+
+
+# What is carried ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
@@ -415,28 +363,10 @@ def test_broken_exif_never_stops_an_image(tmp_path, suffix, exif):
     else:
         save(path, PHOTO, exif=exif)
     photo = read_photo(path)
-    assert image_size(path) == photo.rgb.shape[:2] == (60, 80)
+    assert images.image_size(path) == photo.rgb.shape[:2] == (60, 80)
+    assert b"not a" not in exif or "EXIF" in photo.notes[0]
     for result in images.RESULTS:
         assert result_of(tmp_path, photo, result).size == (320, 240)
-
-
-def test_lost_exif_is_told(tmp_path):
-    photo = read_photo(save(tmp_path / "a.jpg", PHOTO, exif=b"Exif\0\0nothing that is a directory"))
-    assert photo.exif is None and "EXIF" in photo.notes[0]
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_images_too_large_for_a_format_are_named_with_another(tmp_path, suffix):
-    _, longest, _ = images.RESULTS[suffix]
-    for side in (longest + 1, longest):
-        sr = np.zeros((1, side, 3), np.uint8)
-        path = tmp_path / f"a{suffix}"
-        if side > longest:
-            with pytest.raises(ImageError, match=rf"a\{suffix}: {side}x1 pixels .* take \.\w+$"):
-                write_image(path, sr, Photo(sr[:, ::4]))
-        else:
-            write_image(path, sr, Photo(sr[:, ::4]))
-            assert image_size(path) == (1, side)
 
 
 def test_exif_text_is_kept_to_the_byte(tmp_path):
@@ -444,23 +374,18 @@ def test_exif_text_is_kept_to_the_byte(tmp_path):
     texts = {270: "Café Straße".encode(), 315: "Jürgen".encode("latin-1"), 33432: b"(c) me"}
     for tag, text in texts.items():
         exif[tag] = text
-    exif[0x8769] = {0x9003: "2021:05:01 12:00:00"}
+    adobe_rgb = {1: "R03"}  # as cameras say it
+    exif[0x8769], exif[0x8825] = {0x9003: "2021:05:01 12:00:00", 0xA005: adobe_rgb}, {}
     photo = read_photo(save(tmp_path / "a.jpg", PHOTO, exif=exif.tobytes()))
     for suffix in images.RESULTS:
-        path = tmp_path / f"b{suffix}"
-        write_image(path, enlarged(photo), photo)
-        with Image.open(path) as result:
-            found = result.getexif()
-            assert {tag: found[tag].encode("latin-1") for tag in texts} == texts, suffix
-            assert found.get_ifd(0x8769)[0x9003] == "2021:05:01 12:00:00"
+        found = result_of(tmp_path, photo, suffix).getexif()
+        assert {tag: found[tag].encode("latin-1") for tag in texts} == texts, suffix
+        assert found.get_ifd(0x8769)[0x9003] == "2021:05:01 12:00:00"
+        assert 0x8825 not in found  # an empty directory
+        assert read_photo(tmp_path / f"result{suffix}").exif[0x8769][0xA005] == adobe_rgb
 
 
-def test_a_tiff_without_resolution_gets_none(tmp_path):
-    assert read_photo(save(tmp_path / "a.tif", PHOTO)).dpi is None
-    assert read_photo(save(tmp_path / "b.tif", PHOTO, dpi=(300, 300))).dpi == (300, 300)
-
-
-# What is carried ------------------------------------------------------------------------------
+SUFFIXES = [".png", ".jpg", ".webp", ".tif"]
 
 
 @pytest.fixture
@@ -468,12 +393,13 @@ def camera():
     exif = exif_of(6)
     exif[0x010F], exif[0x0132], exif[0x0100] = "Camera", "2021:05:01 12:00:00", 80
     exif[0x8769] = {0xA002: 80, 0xA003: 60, 0x829A: 0.01, 0x9286: b"ASCII\0\0\0hello"}
+    exif.endian = "<"
     exif[0x8825] = {1: "N", 2: (48.0, 8.0, 14.0)}
     return exif.tobytes()
 
 
-@pytest.mark.parametrize("target", [".png", ".jpg", ".webp", ".tif"])
-@pytest.mark.parametrize("source", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("target", SUFFIXES)
+@pytest.mark.parametrize("source", SUFFIXES)
 def test_exif_and_dpi_come_back(tmp_path, camera, source, target):
     options = {} if source == ".webp" else {"dpi": (300, 150)}
     photo = read_photo(save(tmp_path / f"a{source}", PHOTO, exif=camera, **options))
@@ -483,6 +409,7 @@ def test_exif_and_dpi_come_back(tmp_path, camera, source, target):
     assert exif[0x010F] == "Camera" and exif[0x0132] == "2021:05:01 12:00:00"
     assert exif.get_ifd(0x8825)[2] == (48.0, 8.0, 14.0)
     details = exif.get_ifd(0x8769)
+    assert exif.endian == "<"
     assert details[0x829A] == pytest.approx(0.01) and details[0x9286] == b"ASCII\0\0\0hello"
     assert (details[0xA002], details[0xA003]) == result.size == (240, 320)  # turned and enlarged
     assert exif.get(0x0112, 1) == 1
@@ -491,20 +418,107 @@ def test_exif_and_dpi_come_back(tmp_path, camera, source, target):
         assert result.info["dpi"] == pytest.approx((300, 150), abs=0.02)
 
 
-def test_exif_too_long_for_jpeg_is_told(tmp_path, camera):
+def test_what_is_too_long_for_jpeg_is_told(tmp_path):
     exif = Image.Exif()
     exif[0x8769] = {0x9286: bytes(70000)}
-    photo = read_photo(save(tmp_path / "a.png", PHOTO, exif=exif))
-    assert "EXIF" in write_image(tmp_path / "b.jpg", enlarged(photo), photo)[0]
-    assert read_photo(tmp_path / "b.jpg").rgb.shape == (240, 320, 3)
-    assert write_image(tmp_path / "b.png", enlarged(photo), photo) == []
+    comment = "x" * 70000
+    photo = Photo(PHOTO, exif=exif, xmp=XMP % 1 + bytes(70000), text={"Comment": comment})
+    notes = write_image(tmp_path / "b.jpg", enlarged(photo), photo, STAMP)
+    assert ["EXIF" in notes[0], "XMP" in notes[1], "Comment" in notes[2]] == [True] * 3
+    assert images.read_stamp(tmp_path / "b.jpg") == STAMP
+    assert result_of(tmp_path, photo).getexif().get_ifd(0x8769)[0x9286] == bytes(70000)
 
 
-def test_odd_dpi_is_left_out(tmp_path):
+def test_dpi(tmp_path):
+    assert read_photo(save(tmp_path / "a.tif", PHOTO)).dpi is None  # Pillow says 1
     path = insert(save(tmp_path / "a.png", PHOTO), b"pHYs", struct.pack(">IIB", 0, 9, 1), b"IDAT")
-    photo = read_photo(path)
-    assert photo.dpi is None
-    result_of(tmp_path, photo)
+    assert read_photo(path).dpi is None
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_xmp_is_carried_and_says_upright(tmp_path, suffix):
+    options = {"exif": exif_of(6)}
+    if suffix == ".png":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(metadata.PNG_XMP, XMP % 6)
+    elif suffix == ".tif":
+        options = {"tiffinfo": {700: XMP % 6, 0x0112: 6}}
+    else:
+        options["xmp"] = XMP % 6
+    photo = read_photo(save(tmp_path / f"a{suffix}", PHOTO, **options))
+    for target in SUFFIXES:
+        result = result_of(tmp_path, photo, target)
+        assert b"words" in result.info["xmp"] and b'"6"' not in result.info["xmp"]
+        assert result.size == (240, 320)
+        assert result.getexif().get(0x0112, 1) == 1
+
+
+def test_texts_come_back_in_png_and_comments_in_jpeg(tmp_path, monkeypatch):
+    info = PngInfo()
+    texts = {"parameters": "a prompt, größer", "Title": "写真", "Comment": "x" * 2_000_000}
+    for key, value in texts.items():
+        info.add_text(key, value, zip=True)
+    photo = read_photo(save(tmp_path / "a.png", PHOTO, pnginfo=info))
+    with monkeypatch.context() as patch:  # as other programs have it
+        patch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", images.PROFILE_BYTES)
+        assert result_of(tmp_path, photo).text == texts
+    for suffix in SUFFIXES[1:]:
+        (note,) = write_image(tmp_path / f"b{suffix}", enlarged(photo), photo)
+        assert "parameters" in note and "Title" in note
+    for comment in ("größer\0".encode(), "größer".encode("latin-1")):
+        photo = read_photo(save(tmp_path / "a.jpg", PHOTO, comment=comment))
+        assert result_of(tmp_path, photo).text == {"Comment": "größer"}
+        assert result_of(tmp_path, photo, ".jpg").info["comment"] == "größer".encode()
+    info = PngInfo()  # these keywords are Pillow's own
+    texts = dict.fromkeys(("gamma", "chromaticity", "dpi", "exif", "xmp", "icc_profile"), "words")
+    for key, value in texts.items():
+        info.add_itxt(key, value)
+    photo = read_photo(save(tmp_path / "a.png", PHOTO, pnginfo=info))
+    photo.notes.clear()
+    assert result_of(tmp_path, photo).text == texts
+    photo = read_photo(save(tmp_path / "a.gif", PHOTO, comment="words"))
+    assert photo.text == {"Comment": "words"}
+
+
+def test_data_that_are_not_kept_are_named(tmp_path):
+    info = PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 2\n0000\n")
+    iptc = b"Photoshop 3.0\x008BIM\x04\x04\0\0\0\0\0\x04\x1c\x02\0\0"
+    segment = b"\xff\xed" + struct.pack(">H", len(iptc) + 2) + iptc
+    for path, name in (
+        (save(tmp_path / "a.png", PHOTO, pnginfo=info), "Raw profile type exif"),
+        (save(tmp_path / "a.jpg", PHOTO, extra=segment), "IPTC"),
+        (save(tmp_path / "a.tif", PHOTO, tiffinfo={33723: b"caption"}), "IPTC"),
+    ):
+        photo = read_photo(path)
+        assert name in photo.notes[0] and photo.text == {}
+
+
+# Colours --------------------------------------------------------------------------------------
+
+
+def chunk_of(path, kind):
+    png = path.read_bytes()
+    if (at := png.find(kind)) < 0:
+        return None
+    (length,) = struct.unpack(">I", png[at - 4 : at])
+    return png[at + 4 : at + 4 + length]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_gamma_and_primaries_come_back_in_png_and_are_told_otherwise(tmp_path, same):
+    gamma = struct.pack(">I", 45455 if same else 100_000)
+    primaries = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000 if same else 9000)
+    primaries = struct.pack(">8I", *primaries)
+    path = insert(save(tmp_path / "a.png", PHOTO), b"cHRM", primaries, b"IDAT")
+    photo = read_photo(insert(path, b"gAMA", gamma, b"IDAT"))
+    for suffix in SUFFIXES:
+        notes = write_image(tmp_path / f"b{suffix}", enlarged(photo), photo)
+        assert len(notes) == (suffix != ".png" and not same)
+    assert chunk_of(tmp_path / "b.png", b"gAMA") == gamma
+    assert chunk_of(tmp_path / "b.png", b"cHRM") == primaries
+    photo = read_photo(insert(path, b"sRGB", b"\0", b"IDAT"))  # which overrules them
+    assert photo.gamma is None and photo.primaries is None
 
 
 def icc_profile(space, profile_class, pcs, tags):
@@ -521,22 +535,13 @@ def icc_profile(space, profile_class, pcs, tags):
     return header.ljust(128, b"\0") + table + body
 
 
-def rgb_profile(columns, curve):
-    """Returns a profile of primaries (XYZ under D50, a column each) and a curve of 1024 values."""
-    fixed = [struct.pack(">3i", *(round(value * 65536) for value in each)) for each in columns]
-    curve = struct.pack(">4sII1024H", b"curv", 0, 1024, *np.rint(curve * 65535).astype(int))
-    tags = {b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)}
-    tags |= {name: b"XYZ \0\0\0\0" + xyz for name, xyz in zip(XYZ, fixed, strict=True)}
-    return icc_profile(b"RGB ", b"mntr", b"XYZ ", tags | dict.fromkeys(TRC, curve))
-
-
+SRGB = [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)]
 XYZ, TRC = (b"rXYZ", b"gXYZ", b"bXYZ"), (b"rTRC", b"gTRC", b"bTRC")
-RAMP = np.linspace(0, 1, 1024)
-SRGB_CURVE = np.where(RAMP <= 0.04045, RAMP / 12.92, ((RAMP + 0.055) / 1.055) ** 2.4)
-GAMMA_CURVE = RAMP ** (563 / 256)
-P3 = [(0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)]
-ADOBE = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
-DISPLAY_P3, ADOBE_RGB = rgb_profile(P3, SRGB_CURVE), rgb_profile(ADOBE, GAMMA_CURVE)
+PRIMARIES = [struct.pack(">3i", *(round(value * 65536) for value in each)) for each in SRGB]
+LINEAR = {name: b"XYZ \0\0\0\0" + xyz for name, xyz in zip(XYZ, PRIMARIES, strict=True)}
+LINEAR |= dict.fromkeys(TRC, struct.pack(">4sII", b"curv", 0, 0))
+LINEAR_RGB = icc_profile(b"RGB ", b"mntr", b"XYZ ", LINEAR)
+LINEAR_GRAY = icc_profile(b"GRAY", b"mntr", b"XYZ ", {b"kTRC": LINEAR[b"gTRC"]})
 
 
 def cyan_is_gray():
@@ -555,48 +560,28 @@ def cyan_is_gray():
 CYAN_IS_GRAY = cyan_is_gray()
 
 
-def lab_of(image, columns, curve):
-    """Returns (H, W, 3) L*a*b* of an RGB image in the colours of a profile, without ICC code."""
-    linear = np.interp(image / 255, RAMP, curve)
-    return skimage.color.xyz2lab(linear @ np.array(columns), illuminant="D50")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_profiles_come_back(tmp_path, suffix):
+    photo = read_photo(save(tmp_path / f"a{suffix}", PHOTO, icc_profile=LINEAR_RGB))
+    for target in SUFFIXES:
+        assert result_of(tmp_path, photo, target).info["icc_profile"] == LINEAR_RGB
+    gray = read_photo(save(tmp_path / "a.png", np.dstack([GRAY] * 3), icc_profile=LINEAR_RGB))
+    assert result_of(tmp_path, gray).mode == "RGB"
+    gray = read_photo(save(tmp_path / "a.png", GRAY, icc_profile=LINEAR_GRAY))
+    result = result_of(tmp_path, gray, suffix)
+    assert gray.notes == [] and result.info["icc_profile"] == LINEAR_GRAY
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
-@pytest.mark.parametrize(
-    ("profile", "columns", "curve"),
-    [(DISPLAY_P3, P3, SRGB_CURVE), (ADOBE_RGB, ADOBE, GAMMA_CURVE)],
-    ids=["Display P3", "Adobe RGB"],
-)
-def test_colours_look_the_same(tmp_path, suffix, profile, columns, curve):
-    vivid = np.asarray(Image.fromarray(PHOTO).filter(ImageFilter.GaussianBlur(1)))
-    source = {".jpg": {"quality": 100, "subsampling": 0}}.get(suffix, {})
-    path = save(
-        tmp_path / f"a{suffix if suffix != '.webp' else '.png'}",
-        vivid,
-        icc_profile=profile,
-        **source,
-    )
-    photo = read_photo(path)
-    assert photo.icc == profile and photo.notes == []
-    expected = lab_of(enlarged(photo), columns, curve)
-
-    result = result_of(tmp_path, photo, suffix)
-    embedded = ImageCms.ImageCmsProfile(io.BytesIO(result.info["icc_profile"]))
-    seen = ImageCms.profileToProfile(
-        result, embedded, ImageCms.createProfile("LAB"), outputMode="LAB"
-    )
-    seen = np.asarray(seen)
-    seen = np.dstack([seen[..., 0] / 2.55, seen[..., 1:].view(np.int8)])
-    assert skimage.color.deltaE_ciede2000(expected, seen).mean() < 1
-
-    srgb = lab_of(enlarged(photo), *SRGB)
-    assert skimage.color.deltaE_ciede2000(expected, srgb).mean() > 1.5  # were the profile lost
-
-
-SRGB = (
-    [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)],
-    SRGB_CURVE,
-)
+def test_a_profile_too_large_for_png_is_applied(tmp_path):
+    noise = np.random.default_rng(0).bytes(1_200_000)
+    icc = icc_profile(b"RGB ", b"mntr", b"XYZ ", LINEAR | {b"priv": b"data\0\0\0\0" + noise})
+    value = PHOTO / 255
+    expected = np.where(value <= 0.0031308, 12.92 * value, 1.055 * value ** (1 / 2.4) - 0.055)
+    for suffix, image in ((".tif", PHOTO), (".png", np.dstack([PHOTO, HOLED]))):
+        photo = read_photo(save(tmp_path / f"a{suffix}", image, icc_profile=icc))
+        assert photo.icc is None and "profile" in photo.notes[0]
+        assert difference(photo.rgb[HOLED > 0], np.rint(255 * expected)[HOLED > 0]) <= 1
+    assert (photo.alpha == HOLED).all()
 
 
 def test_a_profile_of_other_colours_is_left_out(tmp_path):
@@ -604,93 +589,161 @@ def test_a_profile_of_other_colours_is_left_out(tmp_path):
     assert photo.icc is None and "profile" in photo.notes[0]
 
 
-def test_a_grey_profile_stays_with_grey(tmp_path):
-    curve = struct.pack(">4sIIH2x", b"curv", 0, 1, 0x0233)
-    profile = icc_profile(b"GRAY", b"mntr", b"XYZ ", {b"kTRC": curve})
-    photo = read_photo(save(tmp_path / "a.png", GRAY, icc_profile=profile))
-    result = result_of(tmp_path, photo)
-    assert (result.mode, result.info["icc_profile"]) == ("L", profile)
-
-
 # Files that cannot be read --------------------------------------------------------------------
 
 
-def test_unreadable_files_are_named_in_one_line(tmp_path):
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    cut = save(tmp_path / "cut.png", PHOTO)
-    cut.write_bytes(cut.read_bytes()[:2000])
-    save(tmp_path / "cut.jpg", PHOTO)
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
-    paths = [*tmp_path.iterdir(), tmp_path / "none.png", tmp_path / ("n" * 300 + ".png")]
-    paths.append(tmp_path / os.fsdecode(b"caf\xe9.png"))
-    for path in paths:
-        for read in (read_photo, read_image):
-            with pytest.raises(ImageError) as raised:
-                read(path)
-            assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
+def cut(path, length):
+    path.write_bytes(path.read_bytes()[:length])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason", "remedy"),
+    [
+        ("a.png", b"", "empty", "replace"),
+        ("notes.txt", b"words", "not an image", ""),
+        ("a.jpg", b"words", "not an image or damaged", "replace"),
+        ("a.tga", b"words", "not an image or damaged", "replace"),
+        ("a.heic", b"words", "format", "convert"),
+        ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "format", "convert"),
+        ("a.eps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an", "replace"),
+        ("a.ppm", b"P6 nonsense", "damaged", "replace"),
+    ],
+)
+def test_every_remedy_fits_its_cause(tmp_path, name, content, reason, remedy):
+    path = tmp_path / name
+    path.write_bytes(content)
+    for read in (read_photo, images.read_image, images.image_size):
+        with pytest.raises(console.ImageError, match=reason) as raised:
+            read(path)
+        text = str(raised.value)
+        assert text.startswith(f"{path}: ") and "\n" not in text
+        assert [word for word in ("replace", "convert") if word in text] == [remedy][: bool(remedy)]
+    assert images.read_stamp(path) == ""
+
+
+def test_what_the_file_system_says_is_not_a_bad_image(tmp_path, monkeypatch):
+    with pytest.raises(console.ImageError, match="folder") as raised:
+        read_photo(tmp_path)
+    assert "remove" not in str(raised.value)
+    with pytest.raises(FileNotFoundError):
+        read_photo(tmp_path / "none.png")
+    path = save(tmp_path / "a.png", PHOTO)
+    for error, wanted in (
+        (PermissionError(errno.EACCES, "Permission denied", str(path)), console.ImageError),
+        (OSError(errno.EMFILE, "Too many open files", str(path)), OSError),
+        (MemoryError(), MemoryError),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(wanted) as raised:
+            patch.setattr(Path, "open", fail)
+            read_photo(path)
+        assert "remove" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (MemoryError(), MemoryError),
+        (OSError("out of memory error when reading image file"), MemoryError),
+        (OSError(errno.EIO, "Input/output error"), OSError),
+        (OSError(errno.EINVAL, "Invalid argument"), console.ImageError),
+        (struct.error("unpack"), console.ImageError),
+        (KeyError("mode"), console.ImageError),
+    ],
+)
+def test_only_damage_is_an_image_error(tmp_path, monkeypatch, error, wanted):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(wanted) as raised:
+        read_photo(save(tmp_path / "a.png", PHOTO))
+    assert isinstance(error, MemoryError) or "a.png" in console.one_line(raised.value)
+
+
+def test_a_defect_of_ours_is_no_image_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_scale_transparency", lambda *_: None + 1)
+    with pytest.raises(TypeError):
+        read_photo(save(tmp_path / "a.png", PHOTO))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_cut_off_near_its_end_is_used(tmp_path, progressive):
+    photo = skimage.data.astronaut()
+    path = save(tmp_path / "a.jpg", photo, quality=90, progressive=progressive)
+    whole, length = images.read_image(path), path.stat().st_size
+    for missing in (2, 500):
+        found = read_photo(cut(path, length - missing))
+        assert (found.rgb == whole).mean() > (0.98 if missing > 2 else 0.999999)
+        assert "end is missing" in found.notes[0] and images.image_size(path) == photo.shape[:2]
+    with pytest.raises(console.ImageError, match="damaged"):
+        read_photo(cut(path, length // 2))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".bmp", ".gif", ".tga", ".ppm"])
+def test_other_files_that_are_cut_off_are_damaged(tmp_path, suffix):
+    path = save(tmp_path / f"a{suffix}", PHOTO)
+    with pytest.raises(console.ImageError, match=r"damaged.*replace"):
+        read_photo(cut(path, path.stat().st_size * 3 // 4))
+
+
+def test_chunks_with_a_wrong_checksum_are_skipped_unless_they_matter(tmp_path):
+    path = insert(save(tmp_path / "a.png", PHOTO), b"tEXt", b"Title\0words", b"IDAT", checksum=1)
+    photo = read_photo(path)
+    assert (photo.rgb == PHOTO).all() and "tEXt" in photo.notes[0] and photo.text == {}
+    assert images.image_size(path) == (60, 80)
+    save(path, Image.fromarray(GRAY).convert("P"))
+    png = bytearray(path.read_bytes())
+    png[png.index(b"PLTE") + 4] ^= 1
+    path.write_bytes(png)
+    with pytest.raises(console.ImageError, match="damaged"):
+        read_photo(path)
 
 
 def test_size_is_told_by_the_header_alone(tmp_path):
-    for suffix in (".png", ".jpg", ".tif"):
-        path = save(tmp_path / f"a{suffix}", PHOTO)
-        path.write_bytes(path.read_bytes()[:1200])
-        if suffix != ".tif":  # whose tags may stand at the end
-            assert image_size(path) == (60, 80)
+    for suffix in (".png", ".jpg"):
+        assert images.image_size(cut(save(tmp_path / f"a{suffix}", PHOTO), 1200)) == (60, 80)
 
 
-def test_names_of_any_bytes_can_be_read_and_written(tmp_path):
-    for name in (b"caf\xe9.png", "фото.png".encode(), b"n" * 251 + b".png", b" .png"):
-        path = tmp_path / os.fsdecode(name)
-        write_png(path, PHOTO, "stamp")
-        assert (read_image(path) == PHOTO).all() and read_stamp(path) == "stamp"
-
-
-def test_damaged_images_cause_nothing_but_image_errors(tmp_path):
-    readable, failures = fuzz(300, 1, tmp_path)
-    assert not failures
+def test_damaged_images_cause_nothing_but_image_errors():
+    command = [sys.executable, REPOSITORY / "tools" / "fuzz_images.py", "300", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    readable = int(done.stdout.split(", ")[1].split()[0])
     assert 50 < readable < 250
 
 
 # Writing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stamp",
-    [
-        "made from a.png 6x6 pad 8",
-        "фото 写真 🦊",
-        "two\nlines, \0 and\ttab",
-        "é",
-        "x" * 5000,
-        "100 %",
-    ],
-)
-def test_png_keeps_pixels_and_stamp(tmp_path, stamp):
-    path = tmp_path / "a.png"
-    write_png(path, PHOTO, stamp)
-    assert (np.asarray(Image.open(path)) == PHOTO).all()
-    assert (cv2.imread(str(path), cv2.IMREAD_COLOR_RGB) == PHOTO).all()
-    assert read_stamp(path) == stamp
+@pytest.mark.parametrize("suffix", images.RESULTS)
+def test_results_keep_the_stamp(tmp_path, suffix):
+    path, photo = tmp_path / f"a{suffix}", Photo(PHOTO)
+    for stamp in ("", STAMP):
+        write_image(path, enlarged(photo), photo, stamp)
+        assert images.read_stamp(path) == stamp
+    assert read_photo(path).exif is None  # a result of this result gets a stamp of its own
 
 
-def test_stamps_of_other_files(tmp_path):
-    write_png(tmp_path / "plain.png", PHOTO)
-    (tmp_path / "text.png").write_text("no")
-    for name in ("plain.png", "text.png", "none.png"):
-        assert read_stamp(tmp_path / name) is None
-    write_png(tmp_path / "odd.png", PHOTO, os.fsdecode(b"caf\xe9"))
-    assert read_stamp(tmp_path / "odd.png") == "caf\\udce9"
-
-
-def test_grey_and_alpha_are_written_by_the_same_function(tmp_path):
-    for image in (GRAY, GRAY[:, :3], np.dstack([GRAY, HOLED]), np.dstack([PHOTO, HOLED])):
-        write_png(tmp_path / "a.png", image, "stamp")
+def test_png_keeps_pixels_and_stamp(tmp_path):
+    for image in (PHOTO, GRAY, GRAY[:, :3], np.dstack([GRAY, HOLED]), np.dstack([PHOTO, HOLED])):
+        images.write_png(tmp_path / "a.png", image, STAMP)
         assert (np.asarray(Image.open(tmp_path / "a.png")) == image).all()
-        assert read_stamp(tmp_path / "a.png") == "stamp"
+        assert images.read_stamp(tmp_path / "a.png") == STAMP
+    images.write_png(tmp_path / "a.png", PHOTO)
+    assert (cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_COLOR_RGB) == PHOTO).all()
+    assert images.read_stamp(tmp_path / "a.png") == images.read_stamp(tmp_path / "none.png") == ""
+
+
+def test_names_of_any_bytes_can_be_read_and_written(tmp_path):
+    for name in (b"caf\xe9.png", "фото.png".encode(), b"n" * 251 + b".png", b" .png"):
+        path = tmp_path / os.fsdecode(name)
+        images.write_png(path, PHOTO, STAMP)
+        assert (images.read_image(path) == PHOTO).all() and images.read_stamp(path) == STAMP
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG"])
@@ -701,112 +754,32 @@ def test_jpeg_is_fine_and_in_full_colour(tmp_path, suffix):
     assert np.abs(np.asarray(result).astype(int) - enlarged(photo)).mean() < 2
 
 
-def test_results_keep_the_stamp(tmp_path):
-    write_image(tmp_path / "a.png", enlarged(Photo(PHOTO)), Photo(PHOTO), "stamp")
-    assert read_stamp(tmp_path / "a.png") == "stamp"
-
-
 @pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a", "a.txt"])
 def test_other_formats_are_not_written(tmp_path, name):
-    with pytest.raises(ImageError, match=r"\.png, \.jpg"):
+    with pytest.raises(console.ImageError, match=r"\.png, \.jpg"):
         write_image(tmp_path / name, enlarged(Photo(PHOTO)), Photo(PHOTO))
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large_for_a_format(tmp_path):
-    photo = Photo(np.zeros((1, 5000, 3), np.uint8))
-    with pytest.raises(ImageError, match=r"20000x4 .*\.png"):
-        write_image(tmp_path / "a.webp", enlarged(photo), photo)
-    write_image(tmp_path / "a.png", enlarged(photo), photo)
+@pytest.mark.parametrize("suffix", SUFFIXES[:3])
+def test_images_too_large_for_a_format_are_named_with_another(tmp_path, suffix):
+    _, longest, _ = images.RESULTS[suffix]
+    path, sr = tmp_path / f"a{suffix}", np.zeros((1, longest, 3), np.uint8)
+    write_image(path, sr, Photo(sr[:, ::4]))
+    assert images.image_size(path) == (1, longest)
+    sr = np.zeros((1, longest + 1, 3), np.uint8)
+    with pytest.raises(console.ImageError, match=rf"a\{suffix}: .* take \.\w+$"):
+        write_image(path, sr, Photo(sr[:, ::4]))
 
 
-def test_interrupted_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    for error in (KeyboardInterrupt, OSError, ValueError):
-        with pytest.raises(error), replacing(path) as temporary:
-            temporary.write_text("ne")
-            raise error
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_two_writers_never_share_a_name(tmp_path):
-    path = tmp_path / ("n" * 251 + ".png")
-    with replacing(path) as one, replacing(path) as other:
-        assert one != other and one.parent == other.parent == tmp_path
-        assert one.name.startswith(".") and str(os.getpid()) in one.name
-        one.write_text("one")
-        other.write_text("other")
-    assert path.read_text() == "one"  # the last to end
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_readers_never_see_half_a_file(tmp_path):
-    path = tmp_path / "a.png"
-    write_png(path, PHOTO)
-    write = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import numpy as np, images, pathlib\n"
-        "for n in range(300):\n"
-        "    image = np.full((60, 80, 3), n % 256, np.uint8)\n"
-        f"    images.write_png(pathlib.Path({str(path)!r}), image)\n"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", write]) for _ in range(2)]
-    reads = 0
-    while any(writer.poll() is None for writer in writers):
-        assert read_image(path).shape == (60, 80, 3)
-        reads += 1
-    assert [writer.returncode for writer in writers] == [0, 0] and reads > 50
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM"])
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, code):
-    def fail(path, data):
-        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(path))
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    for write in (
-        lambda path: write_png(path, PHOTO),
-        lambda path: write_image(path, enlarged(Photo(PHOTO)), Photo(PHOTO)),
-    ):
-        with pytest.raises(StorageError) as raised:
-            write(tmp_path / "a.png")
-        folder, remedy = str(raised.value).split(": ", 1)
-        assert folder == str(tmp_path) and ";" in remedy
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_met_by_pillow_is_one_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch, suffix):
     def fail(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(StorageError, match="No space left on device; free"):
-        write_image(tmp_path / "a.jpg", enlarged(Photo(PHOTO)), Photo(PHOTO))
-
-
-def test_other_errors_of_writing_stay_what_they_are(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        write_png(tmp_path / "none" / "a.png", PHOTO)
-    with pytest.raises(PermissionError), replacing(tmp_path / "a.png"):
-        raise PermissionError(errno.EACCES, "Permission denied", "another file")
-
-
-def test_weights_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
-    events, fsync, rename = [], os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("flush"), fsync(handle)))
-    monkeypatch.setattr(
-        Path, "replace", lambda self, to: (events.append("rename"), rename(self, to))
-    )
-    with replacing(tmp_path / "a.pth", durable=True) as temporary:
-        temporary.write_bytes(b"weights")
-    assert events == ["flush", "rename", "flush"]
-    assert (tmp_path / "a.pth").read_bytes() == b"weights"
-    with replacing(tmp_path / "a.png") as temporary:
-        temporary.touch()
-    assert events[3:] == ["rename"]
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(console.StorageError, match=f"{tmp_path}.*space"):
+        write_image(tmp_path / f"a{suffix}", enlarged(Photo(PHOTO)), Photo(PHOTO))
 
 
 # Pixels ---------------------------------------------------------------------------------------
@@ -815,35 +788,37 @@ def test_weights_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
 def test_canny_is_that_of_scikit_image():
     photo = skimage.data.astronaut()
     expected = skimage.feature.canny(skimage.color.rgb2gray(photo), sigma=2)
-    edges = canny(photo)
+    edges = images.canny(photo)
     assert edges.dtype == np.uint8 and (edges == 255 * expected).all() and edges.any()
 
 
 def test_canny_needs_no_more_than_its_reach():
     photo = skimage.data.astronaut()[:200, :200]
     reach = images.CANNY_REACH
-    window = canny(photo[50 - reach : 100 + reach, 50 - reach : 100 + reach])
+    window = images.canny(photo[50 - reach : 100 + reach, 50 - reach : 100 + reach])
     inner = window[reach:-reach, reach:-reach]
-    assert (inner != canny(photo)[50:100, 50:100]).mean() < 0.01  # hysteresis may reach further
+    assert (
+        inner != images.canny(photo)[50:100, 50:100]
+    ).mean() < 0.01  # hysteresis may reach further
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 2), (2, 40), (3, 3)])
 def test_canny_of_the_smallest_images(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    assert canny(image).shape == shape
+    assert images.canny(image).shape == shape
 
 
 def test_bicubic_is_pillows():
     image = Image.fromarray(PHOTO)
     for scale, size in ((4, (320, 240)), (1 / 4, (20, 15))):
         expected = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-        assert (bicubic(PHOTO, scale) == expected).all()
-    assert (bicubic(PHOTO[:59, :79], 1 / 4) == bicubic(PHOTO[:56, :76], 1 / 4)).all()
-    assert bicubic(GRAY, 4).shape == (240, 320)
+        assert (images.bicubic(PHOTO, scale) == expected).all()
+    assert (images.bicubic(PHOTO[:59, :79], 1 / 4) == images.bicubic(PHOTO[:56, :76], 1 / 4)).all()
+    assert images.bicubic(GRAY, 4).shape == (240, 320)
 
 
 def test_many_threads_read_at_once(tmp_path):
-    path = save(tmp_path / "a.png", np.dstack([PHOTO, HOLED]), icc_profile=DISPLAY_P3)
+    path = save(tmp_path / "a.png", np.dstack([PHOTO, HOLED]), icc_profile=LINEAR_RGB)
     expected, wrong = read_photo(path).rgb, []
 
     def work():
