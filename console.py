@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ def one_line(error: BaseException) -> str:
     """Returns what an error says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) and not error.args:
+        return "not enough memory; end other programs that use it"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -64,32 +67,34 @@ def plain_errors() -> Iterator[None]:
 
 
 def open_missing_streams() -> None:
-    """Opens the null device for stdout and stderr where the caller closed them, or has none."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
+    """Opens the null device for stdout and stderr where the caller closed them, or has none.
+
+    So that no file takes their numbers, to which C libraries write.
+    """
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            with suppress(OSError):
-                os.fstat(number)
-                continue
-            handle = os.open(os.devnull, os.O_WRONLY)
-            if handle != number:
-                os.dup2(handle, number)
-                os.close(handle)
-            setattr(sys, name, os.fdopen(number, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 # Messages -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Output:
     """A standard stream that never raises: training outlives its terminal and a full disk.
 
-    Args:
+    All are equal, as one terminal shows them: there tqdm's bars make room for messages.
+
+    Attributes:
         name: "stdout" or "stderr".
         lines: every text becomes a line of its own, without control codes, as log files want it.
     """
 
-    def __init__(self, name: str, lines: bool = False) -> None:
-        self.name, self.lines = name, lines
+    name: str = field(compare=False)
+    lines: bool = field(default=False, compare=False)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(getattr(sys, self.name), name)  # tqdm asks for encoding and width
 
     def write(self, text: str) -> None:
         """Writes text; what the stream cannot encode is escaped."""
@@ -97,7 +102,7 @@ class Output:
             text = text.replace("\x1b[A", "").strip()
             text = text and f"{text}\n"
         stream = getattr(sys, self.name)
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
             encoding = stream.encoding or "utf-8"
             stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
@@ -130,7 +135,9 @@ def progress(*args: object, leave: bool = True, disable: bool = False, **options
     """
     from tqdm import tqdm  # noqa: PLC0415
 
-    log = not sys.stderr.isatty()
+    log = True
+    with suppress(AttributeError, ValueError):  # no stderr, or a closed one
+        log = not sys.stderr.isatty()
     disable |= os.environ.get("RANK", "0") != "0" or (log and not leave)
     if log:
         options |= {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL}
@@ -162,7 +169,7 @@ class Parser(argparse.ArgumentParser):
         self.names += [name for name in names if name.startswith("--")]
         shown = options.pop("shown", options.get("default"))
         if shown not in (None, False, argparse.SUPPRESS):
-            options["help"] += f" (default: {shown})"
+            options["help"] += f" (default: {shown})".replace("%", "%%")
         return super().add_argument(*names, **options)
 
     def parse_args(
@@ -227,15 +234,13 @@ def processor_share(most: int | None = None) -> int:
 
 def existing_file(text: str) -> Path:
     """Parses an option that is the path of a file."""
-    file = path(text)
-    if not file.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return file
+    if (file := path(text)).is_file():
+        return file
+    raise argparse.ArgumentTypeError(f"there is no file {text}")
 
 
 def existing_folder(text: str) -> Path:
     """Parses an option that is the path of a folder."""
-    folder = path(text)
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {text}")
-    return folder
+    if (folder := path(text)).is_dir():
+        return folder
+    raise argparse.ArgumentTypeError(f"there is no folder {text}")

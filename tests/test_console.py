@@ -2,242 +2,257 @@ import argparse
 import errno
 import io
 import os
-import signal
+import re
 import subprocess
 import sys
-import threading
-import time
-import zlib
-from pathlib import Path
 
-import cv2
 import pytest
+from conftest import REPOSITORY, status_of
 
 import console
-from console import (
-    StorageError,
-    UserError,
-    in_parallel,
-    plain_errors,
-    progress,
-    report,
-    say,
-    warn,
-)
-from device import DeviceError
+from console import NotFiniteError, Parser, StorageError, UserError, plain_errors
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+NO_FILE = FileNotFoundError(errno.ENOENT, "No such file", "b.png")
+
+
+def end_with(error):
+    with plain_errors():
+        raise error
+
+
+def execute(script, redirections="", *options):
+    """Runs a script beside the repository's modules, in a shell; returns status and output."""
+    python = [sys.executable, *options, "-c", script]
+    given = ["sh", "-c", f'"$@" {redirections}', "sh", *python]
+    done = subprocess.run(given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+# Errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UserError("a.png: too small; remove it"), 1, "a.png: too small; remove it"),
+        (UserError("a.png: too\nsmall"), 1, "a.png: too small"),
         (StorageError("/out: full"), 1, "/out: full"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "b.png"), 1, "b.png: No such file"),
+        (NO_FILE, 1, "b.png: No such file"),
+        (OSError(errno.ENOSPC, "full"), 1, "full"),
         (KeyboardInterrupt(), 130, "Interrupted."),
-        (KeyboardInterrupt("Saved after step 7."), 130, "Interrupted. Saved after step 7."),
+        (KeyboardInterrupt("Saved."), 130, "Interrupted. Saved."),
     ],
 )
 def test_what_the_user_can_fix_is_one_line(capsys, error, status, line):
-    with pytest.raises(SystemExit) as ended, plain_errors():
-        raise error
-    assert ended.value.code == status
+    assert status_of(end_with, error) == status
     assert capsys.readouterr() == ("", line + "\n")
 
 
-def test_something_left_out_is_told_by_the_exit_status(capsys):
-    with pytest.raises(SystemExit) as ended, plain_errors():
-        report("Done", 1, ["a.png: damaged"], 0.0, "out")
-        report("Done", 2, [], 0.0, "out")
-    assert ended.value.code == 1
-    with plain_errors():
-        report("Done", 2, [], 0.0, "out")
+def test_full_memory_is_one_line(capsys):
+    assert status_of(end_with, MemoryError()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory" in line
 
 
 @pytest.mark.parametrize(
     ("error", "shown"),
-    [
-        (UserError("a"), False),
-        (StorageError("a"), True),
-        (DeviceError("a"), True),
-        (FileNotFoundError(errno.ENOENT, "a"), True),
-        (KeyboardInterrupt(), False),
-    ],
+    [(UserError("a"), 0), (StorageError("a"), 1), (NotFiniteError("a"), 1), (NO_FILE, 1)],
 )
 def test_a_second_process_tells_what_the_first_may_not_know(capsys, monkeypatch, error, shown):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit), plain_errors():
-        raise error
-    assert bool(capsys.readouterr().err) == shown
+    assert status_of(end_with, error) == 1
+    assert len(capsys.readouterr().err.splitlines()) == shown
 
 
 def test_a_defect_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), plain_errors():
-        raise ZeroDivisionError
+    with pytest.raises(AttributeError):
+        end_with(AttributeError("'NoneType' object has no attribute 'seek'"))
 
 
-def test_bars_are_closed_before_the_message(capsys):
-    with pytest.raises(SystemExit), plain_errors():
-        outer = progress(total=9, desc="Outer")
-        inner = progress(total=9, desc="Inner")
-        raise UserError("a.png: broken")
-    assert outer.disable and inner.disable
-    assert capsys.readouterr().err.endswith("\na.png: broken\n")
+# Output ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", [say, warn])
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_messages_survive_any_file_name(monkeypatch, write, encoding):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
-    monkeypatch.setattr(sys, "stdout" if write is say else "stderr", stream)
-    write(f"{os.fsdecode(b'caf' + bytes([0xE9]) + b'.png')}: broken, 3 µm")
-    stream.flush()
-    assert stream.buffer.getvalue().startswith(b"caf\\udce9.png: broken")
+class Broken(io.StringIO):
+    """A stream whose other end is gone, or whose disk is full."""
+
+    encoding = "utf-8"
+
+    def write(self, _):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_bars_in_a_log_file_show_twice_a_minute(capsys, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with progress(total=900, desc="Reading") as bar:
-        bar.mininterval = 0
-        for _ in range(900):  # a minute and a half
-            clock[0] += 0.1
-            bar.update()
-            bar.set_postfix(loss=1)
-    shown = capsys.readouterr().err.count("Reading")
-    assert 3 <= shown <= 5
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
 
 
-def test_one_bad_file_costs_that_file_only(capsys):
-    def job(path, number):
-        if number == 1:
-            raise UserError(f"{path}: too small; remove it")
-        if number == 2:
-            raise OSError(errno.ENAMETOOLONG, "File name too long", str(path))
-        if number == 3:
-            raise MemoryError
-        return [f"{path}: reduced to 8 bits"] if number == 4 else []
-
-    arguments = [(Path(f"{number}.png"), number) for number in range(6)]
-    done, problems = in_parallel(job, arguments, 3, "Reading")
-    assert done == 3
-    assert problems == [
-        "1.png: too small; remove it",
-        "2.png: File name too long",
-        "3.png: MemoryError (MemoryError)",
-    ]
-    assert "4.png: reduced to 8 bits\n" in capsys.readouterr().err
+@pytest.mark.parametrize("stream", [None, closed(), Broken()], ids=["none", "closed", "broken"])
+def test_output_never_raises(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.info("info")
+    console.warn("warning")
+    with console.progress(total=2, desc="Bar") as bar:
+        bar.update()
+        console.info("info")
 
 
+TALK = """
+import console, sys, tempfile
+{}
+with console.plain_errors():
+    with tempfile.TemporaryFile("w+") as file, console.progress(total=2, mininterval=0) as bar:
+        bar.update()
+        console.info("x" * 10_000)
+        console.warn("y")
+        file.seek(0)
+        content = file.read()
+    sys.exit(7 if content == "" else 8)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other shells")
 @pytest.mark.parametrize(
-    "error",
+    ("redirections", "before"),
     [
-        OSError("encoder error -2"),
-        cv2.error("OpenCV: (-4:Insufficient memory)"),
-        UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed"),
-        AttributeError("'NoneType' has no attribute 'seek'"),
-        zlib.error("Error -3\nwhile decompressing"),
-        IndexError(),
-        RuntimeError("decoder failed"),
+        ("2>&-", ""),
+        (">&- 2>&-", ""),
+        pytest.param(
+            *(">/dev/full 2>/dev/full", ""),
+            marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it"),
+        ),
+        ("", "sys.stdout = sys.stderr = None"),
     ],
 )
-def test_errors_of_decoders_become_one_line(error):
-    def job(path):
-        raise error
-
-    done, (problem,) = in_parallel(job, [(Path("a.png"),)], 1, "Reading")
-    assert done == 0
-    assert problem.startswith("a.png: ") and "\n" not in problem
+def test_scripts_do_without_stdout_and_stderr(redirections, before):
+    assert execute(TALK.format(before), redirections)[0] == 7
 
 
-def test_a_defect_in_a_job_is_not_hidden():
-    class Defect(Exception):
-        pass
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_messages_survive_any_file_name(monkeypatch, stream, encoding):
+    file = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, stream, file)
+    name = os.fsdecode(b"caf" + bytes([0xE9]) + b".png")
+    {"stdout": console.info, "stderr": console.warn}[stream](f"{name}: 3 µm")
+    assert file.buffer.getvalue().startswith(b"caf\\udce9.png: 3 ")
 
-    def defective(path):
-        raise Defect
 
-    with pytest.raises(Defect):
-        in_parallel(defective, [("a.png",)], 1, "Reading")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_messages_stand_above_the_bars_of_a_terminal():
+    import pty  # noqa: PLC0415
+
+    script = (
+        "import console\n"
+        "with console.progress(total=2, desc='Outer') as bar:\n"
+        "    console.warn('a warning')\n    console.info('a message')\n    bar.update()"
+    )
+    main_end, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPOSITORY, stdout=terminal, stderr=terminal
+    )
+    assert process.wait(60) == 0
+    os.close(terminal)
+    printed = os.read(main_end, 100_000).decode()
+    os.close(main_end)
+    assert "\r\x1b[K" in printed or re.search(r"\r +\r", printed)  # the bar made room
+    for text in ("a warning", "a message"):
+        assert re.search(rf"\r{text}\r\n", printed)
 
 
-def test_nothing_to_do_shows_no_bar(capsys):
-    assert in_parallel(print, [], 2, "Reading") == (0, [])
+def test_a_log_file_shows_a_bar_twice_a_minute_and_no_inner_ones(capsys, monkeypatch):
+    clock = [1000.0]
+    for name in ("monotonic", "time"):
+        monkeypatch.setattr(console.time, name, lambda: clock[0])
+    with console.progress(total=900, desc="Outer") as bar:
+        for number in range(900):  # a minute and a half
+            clock[0] += 0.1
+            bar.update()
+            bar.set_postfix(loss=1, refresh=False)
+            if number % 300 == 0:
+                console.warn("a warning")
+                with console.progress(range(3), desc="Inner", leave=False) as inner:
+                    list(inner)
+    printed = capsys.readouterr().err
+    assert "\r" not in printed and "\x1b" not in printed and "Inner" not in printed
+    lines = printed.splitlines()
+    assert 3 <= sum("Outer" in line for line in lines) <= 5
+    assert lines.count("a warning") == 3 and all(lines)
+
+
+def test_only_the_first_process_shows_bars(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with console.progress(total=1) as bar:
+        bar.update()
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        StorageError("/out: No space left on device; free some"),
-        OSError(errno.ENOSPC, "No space left on device", "/out/a.png"),
-        PermissionError(errno.EACCES, "Permission denied", "/out/a.png"),
-        OSError(errno.EROFS, "Read-only file system", "/out/a.png"),
-        KeyboardInterrupt(),
-    ],
-)
-def test_what_concerns_the_whole_run_ends_it_at_once(error):
-    begun, ended = [], threading.Event()
-
-    def job(number):
-        begun.append(number)
-        if number == 0:
-            raise error
-        ended.wait(0.05)
-
-    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StorageError
-    with pytest.raises(expected) as raised:
-        in_parallel(job, [(number,) for number in range(100)], 2, "Writing")
-    assert len(begun) < 20
-    if expected is StorageError:
-        assert str(raised.value).startswith("/out") and ";" in str(raised.value)
+# Options --------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_ends_with_one_line_and_130(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import console\n"
-        "def job(number):\n"
-        "    print('begun', flush=True)\n"
-        "    time.sleep(0.2)\n"
-        "with console.plain_errors():\n"
-        "    console.in_parallel(job, [(n,) for n in range(500)], 2, 'Sleeping')\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline().startswith("begun")
-    started = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - started < 20
-    assert messages.splitlines()[-1] == "Interrupted."
-    assert "Traceback" not in messages
+def test_help_shows_defaults_but_no_none_and_no_doc_is_needed(capsys):
+    for doc in ("Does this.\n\nAt length.", None):  # None under python -OO
+        parser = Parser(doc)
+        parser.add_argument("--root", default="50 %s", help="folder")
+        parser.add_argument("--steps", shown="9 in A", help="updates")
+        parser.add_argument("--init", help="file")
+        parser.add_argument("--fast", action="store_true", help="quick")
+        assert status_of(parser.parse_args, ["--help"]) == 0
+        printed = capsys.readouterr().out
+        assert "(default: 50 %s)" in printed and "(default: 9 in A)" in printed
+        assert printed.count("default") == 2 and "None" not in printed and "length" not in printed
+        assert ("Does this." in printed) is (doc is not None)
+
+
+def test_a_mistyped_option_is_one_line_that_names_the_nearest(capsys):
+    parser = Parser("Does this.", prog="do")
+    parser.add_argument("--batch-size")
+    parser.add_argument("images", nargs="*")
+    assert parser.parse_args(["a", "--batch-size", "2", "b"]).images == ["a", "b"]
+    for given in (["--batchsize=3"], ["--batch", "3"]):  # no abbreviations, which may change
+        assert status_of(parser.parse_args, given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert given[0] in line
+    assert status_of(parser.parse_args, ["a", "--batch_size", "3"]) == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+EVEN = console.number(int, "an even number", lambda n: n % 2 == 0)
+POSITIVE = console.number(float, "a number above 0", lambda x: x > 0)
 
 
 @pytest.mark.parametrize(
     ("parse", "good", "bad"),
     [
-        (console.positive_int, {"1": 1, "36": 36}, ["0", "-1", "1.5", "nan", "inf", "", "six"]),
-        (console.non_negative_int, {"0": 0, "4": 4}, ["-1", "-3", "0.5", "nan", "9" * 5000]),
-        (console.positive_float, {"1e-4": 1e-4, "2": 2.0}, ["0", "-1", "nan", "inf", "1e999", "x"]),
+        (console.count, {"1": 1, "36": 36}, ["0", "-1", "1.5", "nan", "inf", "", "six"]),
+        (console.count_or_none, {"0": 0, "4": 4}, ["-1", "0.5", "9" * 5000]),
+        (EVEN, {"-2": -2, "0": 0}, ["7", "2.0"]),
+        (POSITIVE, {"1e-4": 1e-4, "2": 2.0}, ["0", "-1", "nan", "inf", "1e999", "x"]),
     ],
 )
-def test_odd_numbers_are_refused_by_the_parser(parse, good, bad):
+def test_odd_numbers_are_refused(parse, good, bad):
     assert {text: parse(text) for text in good} == good
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
             parse(text)
 
 
-def test_a_folder_must_be_there(tmp_path, capsys):
-    assert console.existing_folder(str(tmp_path)) == tmp_path
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--root", type=console.existing_folder)
-    with pytest.raises(SystemExit) as ended:
-        parser.parse_args(["--root", str(tmp_path / "none")])
-    assert ended.value.code == 2
-    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+def test_paths_are_taken_as_people_type_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "file").touch()
+    assert console.path("~/large") == tmp_path / "large"
+    assert console.existing_folder("~") == tmp_path
+    assert console.existing_file("~/file") == tmp_path / "file"
+    for parse, text in (
+        (console.path, ""),
+        (console.existing_folder, ""),
+        (console.existing_folder, "~/file"),
+        (console.existing_file, "~/none"),
+        (console.existing_file, "~"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=text or "empty"):
+            parse(text)
