@@ -22,6 +22,8 @@ REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), FORBIDDEN)
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to, which is renamed to `path` when all went well.
 
+    Makes the folder if need be.
+
     Args:
         durable: flush the file to disk before it is renamed, so that it outlives a power cut.
 
@@ -30,18 +32,15 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
-        yield temporary
-        if durable:
-            _flush(temporary)
+        with storage_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if durable:
+                _flush(temporary)
         _rename(temporary, path)
         if durable:
             with suppress(OSError):  # Windows, and many network file systems, cannot
                 _flush(path.parent)
-    except OSError as error:
-        if error.filename in (None, str(temporary)):
-            error.filename = str(path)
-            raise as_storage_error(error, path.parent) from error
-        raise
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,28 +59,31 @@ def _rename(temporary: Path, path: Path) -> None:
     while True:
         try:
             temporary.replace(path)
-        except PermissionError:
-            if time.monotonic() > deadline:
+            return
+        except OSError as error:
+            if not isinstance(error, PermissionError) or time.monotonic() > deadline:
+                error.filename = str(path)
                 raise
             time.sleep(LOCKED_SECONDS / 20)
-        else:
-            return
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Raises StorageError for an OSError that says that nothing can be written to a folder."""
+    try:
+        yield
+    except OSError as error:
+        if remedy := REMEDIES.get(error.errno):
+            raise StorageError(f"{folder}: {error.strerror}; {remedy}") from error
+        raise
 
 
 def check_writable(folder: Path) -> None:
     """Makes a folder if need be; raises StorageError unless files can be written to it."""
-    try:
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
-    except OSError as error:
-        raise as_storage_error(error, folder) from error
-
-
-def as_storage_error(error: OSError, folder: Path) -> Exception:
-    """Returns a StorageError if nothing can be written to the folder, else the error itself."""
-    remedy = REMEDIES.get(error.errno)
-    return StorageError(f"{folder}: {error.strerror}; {remedy}") if remedy else error
 
 
 def digest(*paths: Path) -> str:

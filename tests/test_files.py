@@ -1,124 +1,125 @@
 import errno
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
-import console
 import files
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def test_interrupted_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    for error in (KeyboardInterrupt, OSError, ValueError):
-        with pytest.raises(error), files.replacing(path) as temporary:
-            temporary.write_text("ne")
-            raise error
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+from console import StorageError
+from files import check_writable, digest, replacing
 
 
-def test_two_writers_never_share_a_name(tmp_path):
-    path = tmp_path / ("n" * 251 + ".png")
-    with files.replacing(path) as one, files.replacing(path) as other:
-        assert one != other and one.parent == other.parent == tmp_path
-        assert one.name.startswith(".") and str(os.getpid()) in one.name
-        one.write_text("one")
-        other.write_text("other")
-    assert path.read_text() == "one"  # the last to end
-    assert list(tmp_path.iterdir()) == [path]
+def write(path, content=b"new", durable=False):
+    with replacing(path, durable) as temporary:
+        temporary.write_bytes(content)
 
 
-def test_readers_never_see_half_a_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(bytes(100_000))
-    write = (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import files, pathlib\n"
-        "for n in range(300):\n"
-        f"    with files.replacing(pathlib.Path({str(path)!r})) as temporary:\n"
-        "        temporary.write_bytes(bytes([n % 256]) * 100_000)\n"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", write]) for _ in range(2)]
-    reads = 0
-    while any(writer.poll() is None for writer in writers):
-        content = path.read_bytes()
-        assert len(content) == 100_000 and len(set(content)) == 1
-        reads += 1
-    assert [writer.returncode for writer in writers] == [0, 0] and reads > 20
-    assert list(tmp_path.iterdir()) == [path]
+def failing_with(code, calls):
+    def fail(*given, **_):
+        calls.append(given)
+        raise OSError(code, os.strerror(code))
+
+    return fail
 
 
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM"])
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, code):
-    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
-    with pytest.raises(console.StorageError) as raised, files.replacing(tmp_path / "a.png"):
-        raise error
-    folder, remedy = str(raised.value).split(": ", 1)
-    assert folder == str(tmp_path) and ";" in remedy
-
-    def fail(**_):
-        raise error
-
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", fail)
-    with pytest.raises(console.StorageError, match=f"{tmp_path}/new: .*;"):
-        files.check_writable(tmp_path / "new")
-    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.png"
+    write(path, b"old")  # makes its folder
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert path.read_bytes() == b"old"
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old"
+    write(path, durable=True)
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_other_errors_of_writing_stay_what_they_are(tmp_path):
-    path = tmp_path / "none" / "a.png"
-    with pytest.raises(FileNotFoundError), files.replacing(path) as temporary:
-        temporary.touch()
-    with pytest.raises(PermissionError), files.replacing(tmp_path / "a.png"):
-        raise PermissionError(errno.EACCES, "Permission denied", "another file")
+def test_a_file_locked_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    failures, replace = [PermissionError(errno.EACCES, "locked")] * 3, Path.replace
 
+    def locked(self, target):
+        if failures:
+            raise failures.pop()
+        return replace(self, target)
 
-def test_a_file_that_is_locked_for_a_moment_is_replaced(tmp_path, monkeypatch):
-    attempts, rename = [], Path.replace
-
-    def locked(self, to):
-        attempts.append(self)
-        if len(attempts) < 3:
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return rename(self, to)
-
-    monkeypatch.setattr(files, "LOCKED_SECONDS", 0.1)
     monkeypatch.setattr(Path, "replace", locked)
-    with files.replacing(tmp_path / "a.png") as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "a.png").read_text() == "new"
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    write(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"new" and not failures
 
 
-def test_weights_reach_the_disk_before_they_are_renamed(tmp_path, monkeypatch):
-    events, fsync, rename = [], os.fsync, Path.replace
+def test_a_file_that_stays_locked_is_named_and_is_no_fault_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "replace", failing_with(errno.EACCES, calls := []))
+    monkeypatch.setattr(files, "LOCKED_SECONDS", 0.1)
+    with pytest.raises(PermissionError) as raised:
+        write(tmp_path / "a.png")
+    assert raised.value.filename == str(tmp_path / "a.png") and len(calls) > 3
+    assert not list(tmp_path.iterdir())
 
-    def flush(handle):
-        events.append("flush")
-        fsync(handle)
-        if len(events) == 3:  # the folder's, which many network file systems refuse
+
+def test_folders_that_cannot_be_flushed_do_not_matter(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def refused(handle):
+        flushed.append(Path(f"/proc/self/fd/{handle}").is_dir())
+        if flushed[-1]:
             raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
 
-    monkeypatch.setattr(os, "fsync", flush)
-    monkeypatch.setattr(
-        Path, "replace", lambda self, to: (events.append("rename"), rename(self, to))
-    )
-    with files.replacing(tmp_path / "a.pth", durable=True) as temporary:
-        temporary.write_bytes(b"weights")
-    assert events == ["flush", "rename", "flush"]
-    assert (tmp_path / "a.pth").read_bytes() == b"weights"
-    with files.replacing(tmp_path / "a.png") as temporary:
-        temporary.touch()
-    assert events[3:] == ["rename"]
+    monkeypatch.setattr(os, "fsync", refused)
+    write(tmp_path / "a.pth", durable=True)
+    assert flushed[0] is False and (tmp_path / "a.pth").read_bytes() == b"new"
 
 
-def test_a_digest_is_of_the_content_alone(tmp_path):
-    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
-    one.write_bytes(b"a"), same.write_bytes(b"a"), other.write_bytes(b"b")
-    assert files.digest(one) == files.digest(same) != files.digest(other)
-    assert files.digest(one, other) != files.digest(other, one)
+FATAL = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM]
+
+
+@pytest.mark.parametrize("code", FATAL)
+@pytest.mark.parametrize("where", ["write_bytes", "mkdir"])
+def test_what_concerns_the_whole_folder_is_a_storage_error(tmp_path, monkeypatch, where, code):
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(StorageError) as raised:
+        patch.setattr(Path, where, failing_with(code, []))
+        write(folder / "a.png")
+    assert str(folder) in str(raised.value) and os.strerror(code) in str(raised.value)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", failing_with(errno.EIO, []))
+    with pytest.raises(OSError, match="output error") as raised:
+        write(tmp_path / "a.png")
+    assert raised.value.errno == errno.EIO
+    with pytest.raises(OSError, match="too long") as raised, replacing(tmp_path / ("n" * 300)) as t:
+        t.touch()
+    assert raised.value.filename.endswith("nnn") and not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_checked_before_the_work(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert not list((tmp_path / "new" / "folder").iterdir())
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", failing_with(errno.EROFS, []))
+    with pytest.raises(StorageError, match=str(tmp_path)):
+        check_writable(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_read_only_folder_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    for attempt in (lambda: check_writable(tmp_path), lambda: write(tmp_path / "a.png")):
+        with pytest.raises(StorageError, match=str(tmp_path)):
+            attempt()
+    tmp_path.chmod(0o700)
+
+
+def test_a_digest_is_of_content_alone(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"1")
+    b.write_bytes(b"2")
+    os.utime(b, ns=(a.stat().st_atime_ns, a.stat().st_mtime_ns))
+    copy = Path(shutil.copy(a, tmp_path / "copy"))
+    os.utime(copy, (0, 0))
+    assert digest(a) == digest(copy) != digest(b)
+    assert digest(a, b) != digest(b, a) and len(digest(a)) == 16
