@@ -83,7 +83,7 @@ def open_missing_streams() -> None:
 class Output:
     """A standard stream that never raises: training outlives its terminal and a full disk.
 
-    All are equal, as one terminal shows them: there tqdm's bars make room for messages.
+    They are equal in a terminal, which shows both: there tqdm's bars make room for messages.
 
     Attributes:
         name: "stdout" or "stderr".
@@ -91,7 +91,7 @@ class Output:
     """
 
     name: str = field(compare=False)
-    lines: bool = field(default=False, compare=False)
+    lines: bool = False
 
     def __getattr__(self, name: str) -> object:
         return getattr(getattr(sys, self.name), name)  # tqdm asks for encoding and width

@@ -165,8 +165,7 @@ def test_messages_stand_above_the_bars_of_a_terminal():
 
 def test_a_log_file_shows_a_bar_twice_a_minute_and_no_inner_ones(capsys, monkeypatch):
     clock = [1000.0]
-    for name in ("monotonic", "time"):
-        monkeypatch.setattr(console.time, name, lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     with console.progress(total=900, desc="Outer") as bar:
         for number in range(900):  # a minute and a half
             clock[0] += 0.1
