@@ -62,7 +62,6 @@ def join_image(job: pipeline.Job, moved: Path, fresh: dict[tiles.Position, Path]
         raise ImageError(f"{lr}: its tiles are of different runs or of an older {lr.name}; {again}")
     sr = {at: images.read_image(path) for at, path in found.items()}
     stamp = str(known.pop()) if known and None not in stamps else ""
-    job.target.parent.mkdir(parents=True, exist_ok=True)
     notes = images.write_image(
         job.target, tiles.join(sr, grid, tiles.SCALE), images.read_photo(lr), stamp
     )

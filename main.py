@@ -39,21 +39,26 @@ STAGES = {  # of each command that trains
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
 COMMANDS: dict[str, Callable[..., None]] = {}
 fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-unnamed_options: list[str] = []  # of a command line that names no command: for the toggled lines
+toggled_options: list[str] = []  # of a command line without a command: for the last lines
 
 
 def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
     """Makes a function of parsed options a command, which Python code can call as well.
 
-    `test()`, `test(fast=True)`, `upscale("holiday.jpg")`: what is not given has its default.
+    `test()`, `test(fast=True)`, `upscale("holiday.jpg", output="large")`: as on a command line.
     """
 
     @wraps(work)
     def call(*paths: str | Path, **given: object) -> None:
-        options = parser_of(work.__name__).parse_args([*map(str, paths), *unnamed_options])
-        if unknown := given.keys() - vars(options).keys():
-            raise TypeError(f"{work.__name__}() has no option {min(unknown)}")
-        work(Namespace(**vars(options) | given))
+        parser = parser_of(*(COMMANDS if toggled_options else [work.__name__]))
+        argv = [*toggled_options, *map(str, paths)]
+        for key, value in given.items():
+            name = f"--{key.replace('_', '-')}"
+            if name not in parser.names:
+                raise TypeError(f"{work.__name__}() has no option {key}")
+            if value is not None and value is not False:
+                argv.append(name if value is True else f"{name}={value}")
+        work(parser.parse_args(argv))
 
     COMMANDS[work.__name__] = call
     return call
@@ -116,7 +121,8 @@ def open_enlarger(options: Namespace, shares: dict[Path, float]) -> Iterator["En
     from inference import Enlarger
 
     with open_device(options.device, options.precision) as device:
-        console.info(device.describe())
+        if device.rank == 0:
+            console.info(device.describe())
         yield Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
 
 
@@ -126,12 +132,12 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
         raise UserError(f"--edges: {options.model} takes no edges; give --model edge-srgan")
     if options.texture is not None and options.model != "srgan":
         raise UserError(f"--texture: only srgan has it, not {options.model}; give --model srgan")
-    share = {MODELS[options.model]: 1.0}
-    if options.model == "srgan" and options.texture not in (None, 1):
-        share = {"SRResNet": 1 - options.texture, "SRGAN": options.texture}
     if options.generator:
         return {options.generator: 1.0}
-    return {options.ckpts / f"{name}_gen.pth": each for name, each in share.items()}
+    texture = 1.0 if options.texture is None else options.texture
+    mixture = {"SRResNet": 1 - texture, "SRGAN": texture}
+    shares = mixture if options.model == "srgan" else {MODELS[options.model]: 1.0}
+    return {options.ckpts / f"{name}_gen.pth": share for name, share in shares.items() if share}
 
 
 @command
@@ -242,9 +248,8 @@ def upscale(options: Namespace) -> None:
     if not options.images:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
     ending = pipeline.ENDING + {"edge-srgan": "", "srresnet": "_fast"}.get(options.model, "_srgan")
-    paths, suffix = [console.path(str(each)) for each in options.images], f".{options.format}"
     jobs, problems = pipeline.upscale_jobs(
-        paths, options.output, ending + suffix, recursive=options.recursive
+        options.images, options.output, f"{ending}.{options.format}", options.recursive
     )
     folders = sorted({str(job.target.parent) for job in jobs})
     where = jobs[0].target if len(jobs) == 1 else ", ".join(folders[:3])
@@ -315,7 +320,7 @@ def evaluate(options: Namespace) -> None:
 
         finish = partial(write_table, table, rows, device)
         pipeline.for_each(
-            known, work, "Evaluated", table, problems=problems, device=device, finally_do=finish
+            known, work, "Evaluated", table, problems=problems, device=device, before_report=finish
         )
 
 
@@ -345,31 +350,32 @@ def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device")
 # Command line ---------------------------------------------------------------------------------
 
 
-def parser_of(name: str) -> console.Parser:
-    """Returns the parser of a command's options."""
-    parser = console.Parser(COMMANDS[name].__doc__, prog=f"main.py {name}")
-    add, root = parser.add_argument, console.ROOT
-    folder, file = console.existing_folder, console.existing_file
-    add("--root", type=folder, default=root, help="folder of TrainingSet/ and TestSet/")
+def parser_of(*names: str, is_help: bool = False) -> console.Parser:
+    """Returns the parser of a command's options, or of several commands'."""
+    doc, prog = (
+        (COMMANDS[names[0]].__doc__, f"main.py {names[0]}") if len(names) == 1 else ("", None)
+    )
+    parser = console.Parser(doc, prog=prog)
+    add, root, chosen = parser.add_argument, console.ROOT, set(names)
+    add("--root", type=console.existing_folder, default=root, help="folder of the image sets")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    if name == "evaluate":
+    if chosen == {"evaluate"}:
         return parser
     add("--ckpts", type=console.path, default=root / "ckpts", help="folder of the weights")
     precisions = ["auto", "fp32", "bf16", "fp16"]
     add("--precision", default="auto", choices=precisions, help="number format of the networks")
-    if name in STAGES:
-        add_training_options(add, STAGES[name])
-    if name in ("test", "upscale"):
+    if trainings := [stage for name in names for stage in STAGES.get(name, ())]:
+        add_training_options(add, trainings, is_help)
+    if chosen & {"test", "upscale"}:
         add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
         add("--texture", type=fraction, help="srgan's: 0 smooth and exact, 1 rich in texture")
-        add("--generator", type=file, help="weight file of another generator")
-    if name == "test":
-        add("--edges", type=folder, help="folder of HR edges {id}.png, instead of predicted ones")
-    if name == "upscale":
-        add("images", nargs="*", help="images and folders")
-        add("--edges", type=file, help="file of HR edges, instead of predicted ones")
+        add("--generator", type=console.existing_file, help="weight file of another generator")
+        what = "file" if chosen == {"upscale"} else "folder of files {id}.png"
+        add("--edges", type=console.path, help=f"{what} with HR edges, instead of predicted ones")
+    if "upscale" in chosen:
+        add("images", nargs="*", type=console.path, help="images and folders")
         add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
         add("--output", type=console.path, help="file or folder of the results")
         add("--recursive", action="store_true", help="include sub-folders")
@@ -378,13 +384,13 @@ def parser_of(name: str) -> console.Parser:
     return parser
 
 
-def add_training_options(add: Callable[..., object], names: list[str]) -> None:
+def add_training_options(add: Callable[..., object], names: list[str], is_help: bool) -> None:
     """Adds what the training commands take; the help shows the stages' own values."""
     count, count_or_none, number = console.count, console.count_or_none, console.number
     positive = number(float, "a number above 0", lambda x: x > 0)
     crop = number(int, "a whole number of 8 or more", lambda n: n >= 8)  # SSIM's and Canny's reach
     seed = number(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
-    own, runs = partial(recipe_values, names), console.ROOT / "runs"
+    own = partial(recipe_values, names) if is_help else str  # which needs PyTorch
     add("--stage", choices=names, help="train this stage only")
     add("--resume", action="store_true", help="continue the last run")
     add("--accept-changes", action="store_true", help="with --resume: continue with other settings")
@@ -398,16 +404,14 @@ def add_training_options(add: Callable[..., object], names: list[str]) -> None:
     add("--held-out", type=count_or_none, default=4, help="images kept for validation")
     add("--checkpoint-every", type=count, default=500, help="batches between checkpoints")
     add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
-    add("--runs", type=console.path, default=runs, help="folder of the runs")
+    add("--runs", type=console.path, default=console.ROOT / "runs", help="folder of the runs")
     workers = console.processor_share(most=8)
     add("--workers", type=count_or_none, default=workers, help="data-loading processes")
     add("--seed", type=seed, default=0, help="random seed")
 
 
-def recipe_values(names: list[str], field: str) -> str | None:
-    """Returns the stages' own values of an option, for the help alone: they need PyTorch."""
-    if not {"-h", "--help"} & set(sys.argv):
-        return None
+def recipe_values(names: list[str], field: str) -> str:
+    """Returns the stages' own values of an option, as the help shows them."""
     import stages
 
     values = [getattr(stages.STAGES[name].recipe, field) for name in names]
@@ -421,22 +425,26 @@ def recipe_values(names: list[str], field: str) -> str | None:
 def run(argv: list[str]) -> bool:
     """Runs the command that a command line names; returns whether it names one."""
     name, *rest = argv or [""]
+    is_help = bool({"-h", "--help"} & set(argv))
     if name in COMMANDS:
-        options = parser_of(name).parse_args(rest)
-        COMMANDS[name].__wrapped__(options)
-    elif {"-h", "--help"} & set(argv):
+        COMMANDS[name].__wrapped__(parser_of(name, is_help=is_help).parse_args(rest))
+    elif is_help:
         console.info(f"{__doc__ or ''}\nCommands; COMMAND --help shows their options:\n")
         for each, call in COMMANDS.items():
             console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
-    elif name and not name.startswith("-"):
-        hint = console.did_you_mean(name, list(COMMANDS))
-        if not hint and (Path(name).suffix or Path(name).exists()):
-            hint = f"; did you mean `upscale {name}`?"
-        console.Parser(None).error(f"no command {name}{hint or '; see --help'}")
     else:
-        unnamed_options[:] = argv
-        return False
-    return True
+        parser = parser_of(*COMMANDS)
+        stray = [name] if name and not name.startswith("-") else parser.parse_args(argv).images
+        if stray:
+            word = str(stray[0])
+            hint = console.did_you_mean(word, list(COMMANDS))
+            if word in COMMANDS:
+                parser.error(f"{word}: give the command before its options")
+            if not hint and (Path(word).suffix or Path(word).exists()):
+                hint = f"; did you mean `upscale {word}`?"
+            parser.error(f"no command {word}{hint or '; see --help'}")
+        toggled_options[:] = argv
+    return name in COMMANDS or is_help
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ import console
 import files
 import images
 import tiles
-from console import ImageError, StorageError, UserError
+from console import ImageError, UserError
 
 if TYPE_CHECKING:
     from device import Device
@@ -43,7 +45,7 @@ def for_each(
     problems: Sequence[str] = (),
     threads: int = 1,
     device: "Device | None" = None,
-    finally_do: Callable[[], None] = lambda: None,
+    before_report: Callable[[], None] = lambda: None,
 ) -> None:
     """Works on images one after the other; one that fails costs that image only.
 
@@ -58,86 +60,83 @@ def for_each(
         where: what to look at.
         problems: a line for each file that was skipped before.
         threads: that finish results at the same time.
-        finally_do: called in all processes before the report.
+        before_report: called in all processes.
 
     Raises:
         UserError: images were skipped; it says how many.
         StorageError: nothing can be written.
     """
-    start, made, current = time.monotonic(), 0, 0
     rank, world = (device.rank, device.world) if device else (0, 1)
-    skipped = list(problems) if rank == 0 else []
-    for problem in skipped:
-        console.warn(f"Skipped {problem}")
-    waiting: deque[tuple[Job, Future]] = deque()
-
-    def skip(job: Job, error: Exception) -> None:
-        skipped.append(describe_error(job.source, error))
-        console.warn(f"Skipped {skipped[-1]}")
-
-    def settle(most: int) -> None:
-        nonlocal made
-        while len(waiting) > most:
-            job, future = waiting.popleft()
-            try:
-                for note in future.result() or ():
-                    console.warn(f"{job.source}: {note}")
-                made += 1
-            except ONE_IMAGE as error:
-                skip(job, error)
-
+    report, waiting = Report(problems if rank == 0 else ()), deque[tuple[Job, Future]]()
     mine, title = jobs[rank::world], f"{done.partition(' ')[0].removesuffix('ed')}ing"
     bar = console.progress(total=len(mine), desc=title, bar_format=BAR, disable=not mine)
     with bar, ThreadPoolExecutor(threads) as pool:
         try:
             for number, job in enumerate(mine, start=1):
-                try:
-                    finish = work(job, bar.update)
-                    if finish is UP_TO_DATE:
-                        current += 1
-                    else:
+                with report.one_image(job):
+                    if finish := work(job, bar.update):
                         waiting.append((job, pool.submit(finish)))
-                except ONE_IMAGE as error:
-                    skip(job, error)
-                settle(threads)
+                    else:
+                        report.current += 1
+                while len(waiting) > (threads if number < len(mine) else 0):
+                    report.add(*waiting.popleft())
                 bar.update(number - bar.n)
-            settle(0)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    finally_do()
-    if device:
-        skipped, totals = device.gather(skipped), device.gather([[made, current]])
-        made, current = map(sum, zip(*totals, strict=True))
-    counts = [f"{done} {made} image{'s' * (made != 1)}"]
-    counts += [f"{current} up to date"] if current else []
-    counts += [f"{len(skipped)} skipped"] if skipped else []
-    report = f"{', '.join(counts)}, in {console.duration(start)}: {where}"
-    if skipped and rank == 0:
-        raise UserError(report)
-    if rank == 0:
-        console.info(report)
+    before_report()
+    report.print(done, where, device)
 
 
-ONE_IMAGE = (ImageError, OSError, MemoryError)  # after these the next image may do well
+@dataclass
+class Report:
+    """What became of the images of one process; says at once which it skipped, and why."""
 
+    problems: Sequence[str]
+    made: int = 0
+    current: int = 0
+    skipped: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
 
-def describe_error(path: Path, error: Exception) -> str:
-    """Returns "file: reason" for an error met while working on a file.
+    def __post_init__(self) -> None:
+        for problem in self.problems:
+            self.skip(problem)
 
-    Raises:
-        StorageError: the error concerns more than one file.
-    """
-    if isinstance(error, StorageError):
-        raise error
-    if isinstance(error, MemoryError):
-        return f"{path}: memory is too small for it"
-    if isinstance(error, OSError):
-        error = files.as_storage_error(error, Path(error.filename or path))
-        if isinstance(error, StorageError):
-            raise error
-    text = console.one_line(error)
-    return text if str(path.parent) in text else f"{path}: {text}"
+    def skip(self, problem: str) -> None:
+        """Counts and names an image that is skipped."""
+        self.skipped.append(problem)
+        console.warn(f"Skipped {problem}")
+
+    @contextmanager
+    def one_image(self, job: Job) -> Iterator[None]:
+        """Skips the image if what is done within fails, for the next one may do well."""
+        try:
+            yield
+        except (ImageError, OSError, MemoryError) as error:
+            text = console.one_line(error)
+            named = isinstance(error, ImageError) or getattr(error, "filename", None)
+            self.skip(text if named or str(job.source) in text else f"{job.source}: {text}")
+
+    def add(self, job: Job, future: Future) -> None:
+        """Counts an image when it is finished, and prints the notes on it."""
+        with self.one_image(job):
+            for note in future.result() or ():
+                console.warn(f"{job.source}: {note}")
+            self.made += 1
+
+    def print(self, done: str, where: Path | str, device: "Device | None") -> None:
+        """Prints one line for all processes, or raises it as UserError if images were skipped."""
+        counts = [[self.made, self.current, len(self.skipped)]]
+        gathered = device.gather(counts) if device else counts
+        made, current, skipped = map(sum, zip(*gathered, strict=True))
+        text = f"{done} {made} image{'s' * (made != 1)}"
+        text += f", {current} up to date" * (current > 0) + f", {skipped} skipped" * (skipped > 0)
+        text += f", in {console.duration(self.start)}: {where}"
+        if device and device.rank:
+            return
+        if skipped:
+            raise UserError(text)
+        console.info(text)
 
 
 # What results were made from ------------------------------------------------------------------
@@ -177,12 +176,11 @@ class Stamp:
         return not (self.grid or self.weights)
 
 
-def check_source(path: Path, source: Path, remedy: str) -> Stamp | None:
-    """Returns a file's stamp; raises ImageError if it names another content of `source`."""
+def check_source(path: Path, source: Path, remedy: str) -> None:
+    """Raises ImageError if a file's stamp names another content of `source`."""
     stamp = Stamp.read(path)
     if stamp and stamp.source != files.digest(source):
         raise ImageError(f"{path}: made from an older {source.name}; {remedy}")
-    return stamp
 
 
 def check_downscaled(lr: Path, hr: Path | None) -> None:
@@ -254,26 +252,28 @@ def upscale_jobs(
     Raises:
         UserError: there is nothing to upscale, or no such format to write.
     """
-    sources, problems = [], []  # each source with the folder that it was found in
+    sources, problems = [], []  # each image with the folder below which it was found
     for path in given:
-        if path.is_dir():
-            found, foreign = select_images(walk(path, recursive))
-        elif not path.exists() and "*" in path.name:
-            found, foreign = select_images(sorted(path.parent.glob(path.name)))
-        else:
-            found, foreign = [path], []
-        sources += [(image, path if path.is_dir() else path.parent) for image in found]
+        matches = [] if path.exists() else [Path(each) for each in sorted(glob(str(path)))]
+        if not matches and not path.is_dir():
+            sources.append((path, path.parent))
+            continue
+        found, foreign = tiles.select_images(matches or walk(path, recursive))
+        own = [image for image in found if not is_result(image)]
+        sources += [(image, image.parent if matches else path) for image in own]
         problems += foreign
     if not sources and not problems:
         where = ", ".join(map(str, given))
         raise UserError(f"{where}: no images to upscale; give --recursive for sub-folders")
-    if output and output.suffix and not output.is_dir() and len(sources) == 1:
-        if output.suffix.lower() not in images.RESULTS:
-            known = ", ".join(images.RESULTS)
-            raise UserError(f"--output {output}: the suffix is not one of {known}")
-        return [Job("", sources[0][0], output)], problems
-    if output and output.suffix.lower() in images.RESULTS and not output.is_dir():
-        raise UserError(f"--output {output}: is one file; give a folder for several images")
+    if output and output.suffix and not output.is_dir():
+        known = output.suffix.lower() in images.RESULTS
+        if known and len(sources) > 1:
+            raise UserError(f"--output {output}: is one file; give a folder for several images")
+        if known:
+            return [Job("", source, output) for source, _ in sources], problems
+        if len(sources) == 1:
+            suffixes = ", ".join(images.RESULTS)
+            raise UserError(f"--output {output}: the suffix is not one of {suffixes}")
     jobs: dict[Path, Job] = {}  # by target
     for path, base in sources:
         folder = output / path.parent.relative_to(base) if output else path.parent
@@ -290,14 +290,7 @@ def walk(folder: Path, recursive: bool) -> Iterator[Path]:
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
-def select_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Returns the images among files, without results, and a line for each of a foreign format."""
-    found, foreign = [], []
-    for path in paths:
-        if path.suffix.lower() in images.FOREIGN:
-            foreign.append(f"{path}: {path.suffix} cannot be read here; convert it to PNG")
-        elif path.suffix.lower() in images.SUFFIXES:
-            stamp = Stamp.read(path)
-            if not (stamp and stamp.weights):
-                found.append(path)
-    return found, foreign
+def is_result(path: Path) -> bool:
+    """Returns whether this program made an image from another one."""
+    stamp = Stamp.read(path)
+    return bool(stamp and stamp.weights)

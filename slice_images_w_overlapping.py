@@ -102,7 +102,6 @@ def slice_pair(pair: Pair, count: int, pad: int) -> list[str]:
     for path, folder, scale in jobs:
         photo, stamp = images.read_photo(path), str(Stamp(files.digest(path), str(grid)))
         image = photo.rgb[: scale * grid.height, : scale * grid.width]
-        folder.mkdir(parents=True, exist_ok=True)
         for at in grid:
             tile = folder / tiles.tile_name(pair.name, *at)
             images.write_png(tile, tiles.cut_tile(image, grid, *at, scale), stamp)
@@ -124,7 +123,6 @@ def make_lr(lr: Path, hr: Path) -> None:
             return
     if min(images.image_size(hr)) < SCALE:
         raise ImageError(f"{hr}: smaller than {SCALE}x{SCALE} pixels; remove it")
-    lr.parent.mkdir(parents=True, exist_ok=True)
     image = images.bicubic(images.read_image(hr), 1 / SCALE)
     images.write_png(lr, image, str(Stamp(files.digest(hr))))
 

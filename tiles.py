@@ -6,7 +6,7 @@ enlarge, HR the one `SCALE` times its size.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -244,16 +244,24 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    listed, problems = select_images(path for path in paths if not path.name.startswith("."))
     found: dict[str, Path] = {}
-    problems = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        suffix = path.suffix.lower()
-        if path.name.startswith("."):
-            continue
-        if suffix in images.FOREIGN:
-            problems.append(f"{path}: {suffix} cannot be read here; convert it to PNG")
-        elif suffix in images.SUFFIXES and (twin := found.setdefault(image_id(path), path)) != path:
+    for path in listed:
+        if (twin := found.setdefault(image_id(path), path)) != path:
             problems.append(f"{path}: has the same id as {twin.name}; rename one of them")
+    return found, problems
+
+
+def select_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Returns the images among files, and a line for each of a format that cannot be read here."""
+    found, problems = [], []
+    for path in paths:
+        suffix = path.suffix.lower()
+        if suffix in images.SUFFIXES:
+            found.append(path)
+        elif suffix in images.FOREIGN:
+            problems.append(f"{path}: {suffix} cannot be read here; convert it to PNG")
     return found, problems
 
 

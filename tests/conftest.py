@@ -16,11 +16,14 @@ import torch
 import torchvision
 from PIL import Image
 
+import console
+import join_slice_images
 import main
 import slice_images_w_overlapping
 from device import Device
-from models import EdgeGenerator, Generator, SRResNet, save_network
+from models import EdgeGenerator, Generator, SRResNet
 from tiles import HR, LR, SCALE, TEST, TRAINING
+from weights import save_network
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = Device(torch.device("cpu"))
@@ -56,7 +59,7 @@ def sliced(tmp_path_factory) -> Path:
         save(root / TRAINING / LR, f"image_600px_{number:04d}.png", shrunk(hr))
     save(root / TEST / HR, "image_2400px_1490.png", photograph(5))
     save(root / TEST / LR, "image_600px_1490.png", shrunk(photograph(5)))
-    slice_images_w_overlapping.main(["--root", str(root), "--tiles", "2"])
+    slice_all(root, "--tiles", 2)
     return root
 
 
@@ -76,10 +79,21 @@ def ckpts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ckpts")
     torch.manual_seed(0)
     save_network(EdgeGenerator(4, 1), folder / "EdgeModel_gen.pth")
-    save_network(SRResNet(8, 4), folder / "SRResNet_gen.pth")
+    for name in ("SRResNet", "SRGAN"):
+        save_network(SRResNet(8, 4), folder / f"{name}_gen.pth")
     for name in ("EdgeStageModel", "PreModel", "SRModel"):
         save_network(Generator(8, 4), folder / f"{name}_gen.pth")
     return folder
+
+
+def slice_all(root: Path, *options: object) -> None:
+    """Slices the images of a root, one after the other."""
+    slice_images_w_overlapping.main(["--root", str(root), "--threads", "1", *map(str, options)])
+
+
+def join_all(root: Path, *options: object) -> None:
+    """Joins the images of a root, one after the other."""
+    join_slice_images.main(["--root", str(root), "--threads", "1", *map(str, options)])
 
 
 def start(*arguments: object, processes: int = 1, **environment: str) -> subprocess.Popen:
@@ -154,9 +168,8 @@ def launched(environment: dict, log: Path, function: Callable, arguments: tuple)
 def command(*arguments: object) -> None:
     """Runs a command line of main.py in this process; `{rank}` in it stands for the process's."""
     rank = os.environ.get("RANK", "0")
-    with main.plain_errors():
-        options = main.parse_options([str(each).replace("{rank}", rank) for each in arguments])
-        main.COMMANDS[options.command](options=options)
+    with console.plain_errors():
+        main.run([str(each).replace("{rank}", rank) for each in arguments])
 
 
 def status_of(function: Callable, *arguments: object) -> int:
@@ -166,3 +179,16 @@ def status_of(function: Callable, *arguments: object) -> int:
     except SystemExit as ended:
         return ended.code
     return 0
+
+
+def failing(capsys, function: Callable, *arguments: object) -> str:
+    """Calls what must exit with 1, without a traceback; returns what it printed on stderr."""
+    capsys.readouterr()
+    status, printed = status_of(function, *arguments), capsys.readouterr().err
+    assert status == 1 and "Traceback" not in printed, printed
+    return printed
+
+
+def skipped(printed: str) -> list[str]:
+    """Returns the lines about images that were skipped."""
+    return [line for line in printed.splitlines() if line.startswith("Skipped ")]
