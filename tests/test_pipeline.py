@@ -5,7 +5,7 @@ import time
 from functools import partial
 
 import pytest
-from conftest import photograph, save, skipped, status_of
+from conftest import photograph, save, status_of
 
 import files
 import images
