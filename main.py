@@ -87,6 +87,8 @@ def train(options: Namespace) -> None:
 
 def train_stages(options: Namespace, names: list[str]) -> None:
     """Trains a command's stages, each from the one before; the first may have `--init`."""
+    if options.steps and options.epochs:
+        raise UserError("--epochs: give it or --steps")
     import stages
     import training
     from device import open_device

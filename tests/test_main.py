@@ -4,34 +4,40 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, Launched, command, photograph, save, shrunk, status_of
+from conftest import (
+    CPU,
+    REPOSITORY,
+    Launched,
+    command,
+    failing,
+    join_all,
+    photograph,
+    save,
+    shrunk,
+    skipped,
+    slice_all,
+    status_of,
+)
 from PIL import Image
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import ablation
-import join_slice_images
+import images
 import main
-import slice_images_w_overlapping
-from images import read_image, write_png
+import metrics
+from images import read_image
 from inference import Enlarger
-from models import EdgeGenerator, Generator, SRResNet, save_network
+from models import EdgeGenerator, Generator, SRResNet
 from tiles import HR, JOINED, LR, OUTPUT, SCALE, TEST, TILES
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Has tiny networks not wait for other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from weights import save_network
 
 
 @pytest.fixture
@@ -43,7 +49,7 @@ def root(tmp_path):
         save(folder / TEST / LR, f"image_600px_{number}.png", shrunk(hr))
         if number < 2:
             save(folder / TEST / HR, f"image_2400px_{number}.png", hr)
-    slice_all(folder)
+    slice_all(folder, "--tiles", 3)
     return folder
 
 
@@ -55,37 +61,16 @@ def other(tmp_path):
     return tmp_path / "other.pth"
 
 
-def slice_all(root, tiles=3, *more):
-    slice_images_w_overlapping.main(["--root", str(root), "--tiles", str(tiles), *more])
+def run_test(root, ckpts, *more):
+    command("test", "--root", root, "--ckpts", ckpts, *more)
 
 
-def join_all(root):
-    join_slice_images.main(["--root", str(root)])
-
-
-def test_all(root, ckpts, *more, name="test"):
-    command(name, "--root", root, "--ckpts", ckpts, *more)
-
-
-test_all.__test__ = False
+def predict_edges(root, ckpts):
+    command("edges", "--root", root, "--ckpts", ckpts)
 
 
 def evaluate(root):
     command("evaluate", "--root", root)
-
-
-def fails(capsys, function, *arguments, **options):
-    """Calls a function, which must exit with 1, and returns what it printed on stderr."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        function(*arguments, **options)
-    printed = capsys.readouterr().err
-    assert ended.value.code == 1 and "Traceback" not in printed
-    return printed
-
-
-def left_out(printed):
-    return [line for line in printed.splitlines() if line.startswith("Left out ")]
 
 
 def output(root):
@@ -100,6 +85,13 @@ def lr_image(root, name):
     return root / TEST / LR / f"image_600px_{name}.png"
 
 
+def replace(path, image):
+    """Puts another picture under a name, with the same time of change."""
+    before = path.stat()
+    save(path.parent, path.name, image)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def tiles(root):
     """{name: (time of change, bytes)} of all HR tiles."""
     return {
@@ -108,22 +100,16 @@ def tiles(root):
     }
 
 
-def stop_writing_at(monkeypatch, name):
-    """Has the test be interrupted when it comes to write a tile."""
-
-    def interrupted(path, *given):
-        if path.name == name:
-            raise KeyboardInterrupt
-        write_png(path, *given)
-
-    monkeypatch.setattr(main, "write_png", interrupted)
+def rows(root):
+    with (output(root) / JOINED / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 # The whole way --------------------------------------------------------------------------------
 
 
 def test_from_tiles_to_joined_images_and_metrics(root, ckpts, capsys):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     assert len(list(output(root).glob("*.png"))) == 27
     assert read_image(output(root) / "2_01_03.png").shape == (64, 76, 3)
     join_all(root)
@@ -131,14 +117,14 @@ def test_from_tiles_to_joined_images_and_metrics(root, ckpts, capsys):
     capsys.readouterr()
     evaluate(root)
     printed = capsys.readouterr().out
-    with (output(root) / JOINED / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["image"] for row in rows] == ["0", "1", "mean"]
+    found = rows(root)
+    assert [row["image"] for row in found] == ["0", "1", "mean"]
     assert "bicubic" in printed and re.search(r"^1 .*$", printed, re.MULTILINE)
 
-    sr = read_image(joined(root, 1))
-    hr = read_image(root / TEST / HR / "image_2400px_1.png")
-    lr = read_image(lr_image(root, 1))
+    sr, hr, lr = map(
+        read_image,
+        (joined(root, 1), root / TEST / HR / "image_2400px_1.png", lr_image(root, 1)),
+    )
     bicubic = np.asarray(Image.fromarray(lr).resize((128, 96), Image.Resampling.BICUBIC))
     how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     for suffix, image in (("", sr), (" bicubic", bicubic)):
@@ -146,161 +132,163 @@ def test_from_tiles_to_joined_images_and_metrics(root, ckpts, capsys):
         original = structural_similarity(
             image / 127.5 - 1, hr / 127.5 - 1, data_range=2, channel_axis=2, **how
         )
-        metrics = {
+        expected = {
             "PSNR": peak_signal_noise_ratio(b, a, data_range=255),
             "SSIM": structural_similarity(a, b, data_range=255, **how),
             "L1": np.abs(image / 127.5 - hr / 127.5).mean(),
             "SSIM original": original,
         }
-        for key, value in metrics.items():
-            assert float(rows[1][key + suffix]) == pytest.approx(value, rel=1e-3)
-            mean = (float(rows[0][key + suffix]) + float(rows[1][key + suffix])) / 2
-            assert float(rows[2][key + suffix]) == pytest.approx(mean)
-
-
-def test_upscaling_in_memory_gives_the_same_image(root, ckpts):
-    test_all(root, ckpts)
-    join_all(root)
-    command("upscale", lr_image(root, 1), "--ckpts", ckpts)
-    result = read_image(lr_image(root, 1).with_name("image_600px_1_x4.png")).astype(int)
-    assert np.abs(result - read_image(joined(root, 1))).max() <= 1
-
-
-def test_summary_tells_how_many_how_long_and_where(root, ckpts, capsys):
-    for words in ("3 images", "0 images, 3 there already"):
-        test_all(root, ckpts)
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert re.fullmatch(rf"Tested: {words}, in \d+\.\d s: {re.escape(str(output(root)))}", last)
+        for key, value in expected.items():
+            assert float(found[1][key + suffix]) == pytest.approx(value, rel=1e-3)
+            mean = (float(found[0][key + suffix]) + float(found[1][key + suffix])) / 2
+            assert float(found[2][key + suffix]) == pytest.approx(mean)
 
 
 # Nothing is done twice, nothing stale passes --------------------------------------------------
 
 
+def test_a_copied_root_goes_on_where_it_was(root, ckpts, tmp_path, capsys):
+    run_test(root, ckpts)
+    join_all(root)
+    predict_edges(root, ckpts)
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)  # with new times, as cp -r
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.png")}
+    capsys.readouterr()
+    for step in (run_test, predict_edges):
+        step(copy, ckpts)
+        assert "0 images, 3 up to date" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.png")}
+    join_all(copy)
+    evaluate(copy)
+    run_test(copy, ckpts, "--edges", output(copy) / "edges")
+
+
 def test_finished_images_are_not_made_again(root, ckpts, other):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     first = tiles(root)
     (output(root) / "1_02_02.png").unlink()
-    test_all(root, ckpts)
+    (output(root) / "0_01_01.png").write_bytes(b"")
+    run_test(root, ckpts)
     second = tiles(root)
     assert {name for name in first if second[name] == first[name]} == {
-        name for name in first if not name.startswith("1_")
+        name for name in first if name.startswith("2_")
     }
     assert {k: v for k, (_, v) in first.items()} == {k: v for k, (_, v) in second.items()}
     join_all(root)
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     assert tiles(root) == second
-    test_all(root, ckpts, "--generator", other)
+    run_test(root, ckpts, "--generator", other)
     third = tiles(root)
     assert third.keys() == first.keys()
     assert not any(third[name][1] == first[name][1] for name in first)
 
 
 def test_tiles_of_another_geometry_are_replaced(root, ckpts):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
-    slice_all(root, 2, "--pad", "4")
-    test_all(root, ckpts)
+    slice_all(root, "--tiles", 2, "--pad", "4")
+    run_test(root, ckpts)
     assert len(tiles(root)) == 3 * 4
     join_all(root)
 
 
+def test_tiles_of_ids_that_begin_alike_are_kept_apart(tmp_path, ckpts):
+    root, names = tmp_path / "root", ["a", "a_b", "1", "1_2"]
+    for number, name in enumerate(names):
+        save(root / TEST / LR, f"{name}.png", photograph(number, 24))
+    slice_all(root, "--tiles", 2)
+    run_test(root, ckpts)
+    before = tiles(root)
+    for name in ("a", "1"):
+        replace(root / TEST / LR / f"{name}.png", photograph(7, 24))
+    slice_all(root, "--tiles", 3)
+    for name in ("a_b", "1_2"):  # no longer images, but their tiles are
+        (root / TEST / LR / f"{name}.png").unlink()
+    run_test(root, ckpts)
+    after = tiles(root)
+    assert len(after) == 2 * 9 + 2 * 4
+    assert all(after[name] == before[name] for name in before if name[:3] in ("a_b", "1_2"))
+
+
 def test_image_replaced_since_it_was_sliced_is_named(root, ckpts, capsys):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
-    first = tiles(root)
-    path = lr_image(root, 1)
-    save(path.parent, path.name, read_image(path)[::-1])
-    (line,) = left_out(fails(capsys, test_all, root, ckpts))
+    first, path = tiles(root), lr_image(root, 1)
+    replace(path, read_image(path)[::-1])
+    (line,) = skipped(failing(capsys, run_test, root, ckpts))
     assert "1_01_01.png" in line and "slice_images_w_overlapping.py" in line
     assert tiles(root) == first
     slice_all(root)
-    test_all(root, ckpts)
+    run_test(root, ckpts, "--precision", "fp32")
     join_all(root)
-    lr = read_image(path)
-    with main.open_device("cpu") as device:
-        paths = ckpts / "SRModel_gen.pth", ckpts / "EdgeModel_gen.pth"
-        expected = Enlarger.load(*paths, device)(lr).astype(int)
+    enlarger = Enlarger.load({ckpts / "SRModel_gen.pth": 1.0}, ckpts / "EdgeModel_gen.pth", CPU)
+    expected = enlarger(read_image(path)).astype(int)
     assert np.abs(read_image(joined(root, 1)) - expected).max() <= 1
-    assert tiles(root)["0_01_01.png"] == first["0_01_01.png"]
 
 
 def test_interrupted_test_with_other_weights_does_not_pass(root, ckpts, other, monkeypatch, capsys):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
-    old = read_image(joined(root, 1))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        stop_writing_at(patch, "1_02_01.png")
-        test_all(root, ckpts, "--generator", other)
-    assert ended.value.code == 130
-    capsys.readouterr()
-    assert status_of(join_all, root) == 1  # not half of either generator
-    (line,) = left_out(capsys.readouterr().err)
-    assert "1_" in line and "main.py test" in line
+    old, write_png = read_image(joined(root, 1)), images.write_png
+
+    def interrupted(path, *given):
+        if path.name == "1_02_01.png":
+            raise KeyboardInterrupt
+        write_png(path, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "write_png", interrupted)
+        assert status_of(run_test, root, ckpts, "--generator", other) == 130
+    (line,) = skipped(failing(capsys, join_all, root))  # not half of either generator
+    assert "_1.png" in line and "main.py test" in line
     assert (read_image(joined(root, 1)) == old).all()
-    test_all(root, ckpts, "--generator", other)
+    run_test(root, ckpts, "--generator", other)
     join_all(root)
     assert (read_image(joined(root, 1)) != old).any()
 
 
 @pytest.mark.parametrize("where", ["fresh", "moved"])
-def test_foreign_tile_is_removed_once(root, ckpts, where):
-    test_all(root, ckpts)
+def test_stray_hr_tile_is_removed_with_those_it_would_spoil(root, ckpts, other, where):
+    run_test(root, ckpts)
     if where == "moved":
         join_all(root)
     folder = output(root) / "1" if where == "moved" else output(root)
     shutil.copy(folder / "1_01_01.png", folder / "1_07_07.png")
-    test_all(root, ckpts)
-    second = tiles(root)
-    assert "1_07_07.png" not in second and len(second) == 27
-    test_all(root, ckpts)
-    assert tiles(root) == second
-    join_all(root)
-
-
-def test_foreign_lr_tile_is_named_and_sliced_away(root, ckpts, capsys):
-    folder = root / TEST / LR / TILES
-    shutil.copy(folder / "1_01_01.png", folder / "1_07_07.png")
-    (line,) = left_out(fails(capsys, test_all, root, ckpts))
-    assert "1_07_07.png" in line and "slice_images_w_overlapping.py" in line
-    slice_all(root)
-    test_all(root, ckpts)
-    assert len(tiles(root)) == 27
+    run_test(root, ckpts, "--generator", other)
+    assert "1_07_07.png" not in tiles(root) and len(tiles(root)) == 27
 
 
 def test_images_that_cannot_be_made_are_named_and_the_others_made(root, ckpts, capsys):
     folder = root / TEST / LR
     (folder / TILES / "0_02_02.png").unlink()
+    shutil.copy(folder / TILES / "1_01_01.png", folder / TILES / "1_07_07.png")
     (folder / "link.png").symlink_to("nowhere.png")
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "camera.heic").touch()
-    printed = fails(capsys, test_all, root, ckpts)
-    lines = left_out(printed)
-    assert all(any(name in line for line in lines) for name in ("0_02_02.png", "link.png"))
-    assert any("broken.png" in line for line in lines)
-    assert len(tiles(root)) == 18
-
-
-def test_tiles_cut_short_are_made_again(root, ckpts):
-    test_all(root, ckpts)
-    before = tiles(root)
-    (output(root) / "1_01_01.png").write_bytes(b"")
-    test_all(root, ckpts)
-    assert tiles(root)["1_01_01.png"][1] == before["1_01_01.png"][1]
+    lines = skipped(failing(capsys, run_test, root, ckpts))
+    assert len(lines) == 5
+    for name in ("_0.png", "_1.png", "link.png", "broken.png", "camera.heic"):
+        assert any(name in line for line in lines)
+    assert sum("slice_images_w_overlapping.py" in line for line in lines) >= 2
+    assert len(tiles(root)) == 9
+    slice_all_again = partial(status_of, slice_all, root, "--tiles", 3)
+    assert slice_all_again() == 1
+    assert status_of(run_test, root, ckpts) == 1 and len(tiles(root)) == 27
 
 
 # Edges by hand --------------------------------------------------------------------------------
 
 
 def test_predicted_edges_given_back_give_the_same_image(root, ckpts, capsys):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     first = tiles(root)
-    test_all(root, ckpts, name="edges")
-    folder = output(root) / main.EDGES
+    predict_edges(root, ckpts)
+    folder = output(root) / "edges"
     assert sorted(path.name for path in folder.iterdir()) == ["0.png", "1.png", "2.png"]
-    assert "Edges predicted: 3 images, in " in capsys.readouterr().out
-    test_all(root, ckpts, "--edges", folder)
-    given = tiles(root)
-    for name, (changed, _) in given.items():
+    assert "Predicted edges of 3 images, in " in capsys.readouterr().out
+    run_test(root, ckpts, "--edges", folder)
+    for name, (changed, _) in tiles(root).items():
         tile = read_image(output(root) / name)
         assert changed != first[name][0]
         (output(root) / name).write_bytes(first[name][1])
@@ -308,55 +296,55 @@ def test_predicted_edges_given_back_give_the_same_image(root, ckpts, capsys):
 
 
 def test_edited_edges_change_the_image_and_are_known_again(root, ckpts):
-    folder = output(root) / main.EDGES
-    test_all(root, ckpts, name="edges")
-    test_all(root, ckpts, "--edges", folder)
+    folder = output(root) / "edges"
+    predict_edges(root, ckpts)
+    run_test(root, ckpts, "--edges", folder)
     first = tiles(root)
-    test_all(root, ckpts, "--edges", folder)
+    run_test(root, ckpts, "--edges", folder)
     assert tiles(root) == first
     edited = 255 - read_image(folder / "1.png")
-    save(folder, "1.png", edited[..., 0])  # as grey, which drawing programs write
-    test_all(root, ckpts, "--edges", folder)
+    replace(folder / "1.png", edited[..., 0])  # as grey, which drawing programs write
+    run_test(root, ckpts, "--edges", folder)
     second = tiles(root)
     for name, kept in first.items():
         assert (second[name] == kept) is not name.startswith("1_")
     join_all(root)
-    test_all(root, ckpts)  # predicted ones again
+    run_test(root, ckpts)  # predicted ones again
     assert all(tiles(root)[name][1] != kept[1] for name, kept in first.items())
 
 
 def test_edges_that_are_missing_or_of_another_size_are_named(root, ckpts, tmp_path, capsys):
     save(tmp_path / "drawn", "0.png", np.zeros((96, 128), np.uint8))
     save(tmp_path / "drawn", "1.png", np.zeros((24, 32), np.uint8))
-    lines = left_out(fails(capsys, test_all, root, ckpts, "--edges", tmp_path / "drawn"))
+    lines = skipped(failing(capsys, run_test, root, ckpts, "--edges", tmp_path / "drawn"))
     assert len(lines) == 2
-    assert "drawn/1.png: 32x24 pixels instead of 128x96" in lines[0]
-    assert "drawn/2.png: missing" in lines[1] and "main.py edges" in lines[1]
+    assert "drawn/1.png" in lines[0] and "(24, 32)" in lines[0] and "(96, 128)" in lines[0]
+    assert "drawn/2.png" in lines[1] and "main.py edges" in lines[1]
     assert len(tiles(root)) == 9
 
 
 def test_edges_that_are_there_are_the_users_own(root, ckpts, capsys):
-    test_all(root, ckpts, name="edges")
-    drawn = output(root) / main.EDGES / "1.png"
+    predict_edges(root, ckpts)
+    drawn = output(root) / "edges" / "1.png"
     save(drawn.parent, drawn.name, np.zeros((96, 128, 3), np.uint8))
-    (output(root) / main.EDGES / "2.png").unlink()
+    (output(root) / "edges" / "2.png").unlink()
     before = drawn.read_bytes()
-    test_all(root, ckpts, name="edges")
+    predict_edges(root, ckpts)
     assert drawn.read_bytes() == before
-    assert "Edges predicted: 1 image, 2 there already, in" in capsys.readouterr().out
+    assert "Predicted edges of 1 image, 2 up to date" in capsys.readouterr().out
 
 
 def test_edges_of_an_image_replaced_since_are_named(root, ckpts, capsys):
-    test_all(root, ckpts, name="edges")
-    path = lr_image(root, 1)
-    save(path.parent, path.name, read_image(path)[::-1])
+    predict_edges(root, ckpts)
+    path, folder = lr_image(root, 1), output(root) / "edges"
+    replace(path, read_image(path)[::-1])
     slice_all(root)
-    for name, more in (("edges", ()), ("test", ("--edges", output(root) / main.EDGES))):
-        (line,) = left_out(fails(capsys, test_all, root, ckpts, *more, name=name))
-        assert "edges/1.png" in line and "remove it" in line
-    (output(root) / main.EDGES / "1.png").unlink()
-    test_all(root, ckpts, name="edges")
-    test_all(root, ckpts, "--edges", output(root) / main.EDGES)
+    for step in (predict_edges, partial(run_test, root, ckpts, "--edges", folder)):
+        (line,) = skipped(failing(capsys, step, *([root, ckpts] if step is predict_edges else [])))
+        assert "edges/1.png" in line and "delete it" in line
+    (folder / "1.png").unlink()
+    predict_edges(root, ckpts)
+    run_test(root, ckpts, "--edges", folder)
 
 
 # Evaluation -----------------------------------------------------------------------------------
@@ -364,40 +352,28 @@ def test_edges_of_an_image_replaced_since_are_named(root, ckpts, capsys):
 
 @pytest.fixture
 def evaluated(root, ckpts, capsys):
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
     capsys.readouterr()
     return root
 
 
-def rows(root):
-    path = output(root) / JOINED / "metrics.csv"
-    return [row["image"] for row in csv.DictReader(path.open(encoding="utf-8"))]
+def compared(root):
+    return [row["image"] for row in rows(root)]
 
 
-def test_missing_joined_image_is_named_and_the_others_compared(evaluated, capsys):
+def test_images_that_are_not_joined_as_they_are_now_are_named(evaluated, ckpts, other, capsys):
     joined(evaluated, 0).unlink()
-    (line,) = left_out(fails(capsys, evaluate, evaluated))
+    (line,) = skipped(failing(capsys, evaluate, evaluated))
     assert "image_600px_0.png" in line and "join_slice_images.py" in line
-    assert rows(evaluated) == ["1", "mean"]
-
-
-def test_a_copy_of_a_joined_image_is_not_in_its_way(evaluated):
-    Image.open(joined(evaluated, 0)).convert("RGB").save(joined(evaluated, 0).with_suffix(".jpg"))
-    evaluate(evaluated)
-    assert rows(evaluated) == ["0", "1", "mean"]
-
-
-def test_joined_image_of_an_image_replaced_since_is_not_compared(evaluated, capsys):
-    path = lr_image(evaluated, 0)
-    save(path.parent, path.name, read_image(path)[::-1])
-    (line,) = left_out(fails(capsys, evaluate, evaluated))
-    assert str(joined(evaluated, 0)) in line and "slice, test and join again" in line
-
-
-def test_new_tiles_are_not_evaluated_before_they_are_joined(evaluated, ckpts, other, capsys):
-    test_all(evaluated, ckpts, "--generator", other)
-    lines = left_out(fails(capsys, evaluate, evaluated))
+    assert compared(evaluated) == ["1", "mean"]
+    join_all(evaluated)
+    replace(lr_image(evaluated, 0), read_image(lr_image(evaluated, 0))[::-1])
+    (line,) = skipped(failing(capsys, evaluate, evaluated))
+    assert "candidate_0.png" in line and "join again" in line
+    slice_all(evaluated)
+    run_test(evaluated, ckpts, "--generator", other)
+    lines = skipped(failing(capsys, evaluate, evaluated))
     assert len(lines) == 2 and all("join_slice_images.py" in line for line in lines)
 
 
@@ -406,29 +382,28 @@ def test_lr_image_made_from_a_ground_truth_replaced_since_is_named(tmp_path, ckp
     for number in range(2):
         save(root / TEST / HR, f"{number}.png", photograph(number)[:96, :128])
     slice_all(root)
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
-    save(root / TEST / HR, "0.png", photograph(3)[:96, :128])
-    for step in (lambda: test_all(root, ckpts), lambda: evaluate(root)):
-        (line,) = left_out(fails(capsys, step))
+    replace(root / TEST / HR / "0.png", photograph(3)[:96, :128])
+    for step in (partial(run_test, root, ckpts), partial(evaluate, root)):
+        (line,) = skipped(failing(capsys, step))
         assert "0.png" in line and "slice_images_w_overlapping.py" in line
 
 
 def test_names_that_are_not_utf_8_are_evaluated(evaluated, ckpts):
     for path in [*evaluated.rglob("image_*_0.png"), *evaluated.rglob("0_*.png")]:
         path.unlink()
-    name = os.fsdecode(b"caf\xe9.png")
-    hr = photograph(0)[:96, :128]
+    name, hr = os.fsdecode(b"caf\xe9.png"), photograph(0)[:96, :128]
     try:
         save(evaluated / TEST / HR, name, hr)
     except OSError:
         pytest.skip("this file system takes UTF-8 only")
     save(evaluated / TEST / LR, name, shrunk(hr))
     slice_all(evaluated)
-    test_all(evaluated, ckpts)
+    run_test(evaluated, ckpts)
     join_all(evaluated)
     evaluate(evaluated)
-    assert rows(evaluated) == ["1", "caf\\udce9", "mean"]
+    assert compared(evaluated) == ["1", "caf\\udce9", "mean"]
 
 
 @pytest.mark.parametrize("spoil", ["broken", "small", "link"])
@@ -441,28 +416,27 @@ def test_ground_truth_that_cannot_be_used_is_named(evaluated, capsys, spoil):
         save(path.parent, path.name, photograph(0)[:90, :128])
     else:
         path.symlink_to("nowhere.png")
-    lines = left_out(fails(capsys, evaluate, evaluated))
+    lines = skipped(failing(capsys, evaluate, evaluated))
     assert len(lines) == 1 and path.name in lines[0]
-    assert rows(evaluated) == ["1", "mean"]
+    assert compared(evaluated) == ["1", "mean"]
 
 
 def test_no_ground_truth_at_all_is_said(evaluated, capsys):
     shutil.rmtree(evaluated / TEST / HR)
-    (line,) = fails(capsys, evaluate, evaluated).splitlines()
-    assert str(evaluated / TEST / HR) in line and "no ground truth" in line
+    (line,) = failing(capsys, evaluate, evaluated).splitlines()
+    assert str(evaluated / TEST / HR) in line
 
 
 def test_table_is_on_disk_before_it_is_printed(evaluated, monkeypatch):
-    def closed(_):
-        raise BrokenPipeError("as if the terminal were gone")
-
-    monkeypatch.setattr(main, "print_table", closed)
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(metrics, "print_table", None)
+    with pytest.raises(TypeError):
         evaluate(evaluated)
-    assert rows(evaluated) == ["0", "1", "mean"]
+    assert compared(evaluated) == ["0", "1", "mean"]
 
 
 def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, capsys):
+    import ablation  # noqa: PLC0415
+
     torch.manual_seed(0)
     ckpts = tmp_path / "ckpts"
     ckpts.mkdir()
@@ -474,11 +448,10 @@ def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", given)
     ablation.main()
     printed = capsys.readouterr().out
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
     evaluate(root)
-    path = output(root) / JOINED / "metrics.csv"
-    mean = list(csv.DictReader(path.open(encoding="utf-8")))[-1]
+    mean = rows(root)[-1]
     for row, suffix in (("SRModel, predicted edges", ""), ("bicubic", " bicubic")):
         cells = re.search(rf"^{row} +(.*)$", printed, re.MULTILINE)[1].split()
         expected = [float(mean[key + suffix]) for key in ("PSNR", "SSIM", "L1", "SSIM original")]
@@ -490,11 +463,33 @@ def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, caps
 # Processes, Ctrl-C ----------------------------------------------------------------------------
 
 
+def all_commands(root, ckpts, album):
+    """Runs every command that shares images out, one after the other."""
+    given = ["--root", root, "--ckpts", ckpts]
+    command("test", *given)
+    if os.environ["RANK"] == "0":
+        join_all(root)
+        (root / "joined").touch()
+    while not (root / "joined").exists():
+        time.sleep(0.05)
+    command("edges", *given)
+    command("evaluate", "--root", root)
+    command("upscale", album, *given)
+
+
 def test_processes_share_the_images_out(root, ckpts, tmp_path):
-    given = ["test", "--root", root, "--ckpts", ckpts]
-    _, printed = Launched(tmp_path / "log", command, *given, processes=2).wait()
-    assert len(list(output(root).glob("*.png"))) == 27
-    assert printed.count("Tested: 3 images") == 1
+    album = tmp_path / "album"
+    shutil.copytree(root / TEST / HR, album)
+    arguments = [all_commands, root, ckpts, album]
+    statuses, printed = Launched(tmp_path / "log", *arguments, processes=2).wait()
+    assert statuses == [0, 0], printed
+    done = ["Tested 3 images", "Predicted edges of 3 images", "Evaluated 2", "Upscaled 2 images"]
+    for words in done:
+        assert printed.count(words) == 1
+    assert printed.count("\nmean ") == 1 and printed.count("CPU") == 3
+    assert compared(root) == ["0", "1", "mean"]
+    assert len(list((output(root) / "edges").iterdir())) == 3
+    assert len(list(album.glob("*_x4.png"))) == 2
 
 
 def test_messages_of_several_processes_are_printed_once(root, ckpts, tmp_path):
@@ -503,9 +498,8 @@ def test_messages_of_several_processes_are_printed_once(root, ckpts, tmp_path):
     (root / TEST / LR / "camera.heic").touch()
     given = ["test", "--root", root, "--ckpts", ckpts]
     statuses, printed = Launched(tmp_path / "log", command, *given, processes=2).wait()
-    assert 1 in statuses
-    assert len(list(output(root).glob("*.png"))) == 9
-    for word in ("0_02_02.png", "1_02_02.png", "camera.heic", "Tested: 1 image, 3"):
+    assert 1 in statuses and len(tiles(root)) == 9
+    for word in ("image_600px_0.png", "image_600px_1.png", "camera.heic", "Tested 1 image, 3"):
         assert printed.count(word) == 1
 
 
@@ -513,9 +507,8 @@ def test_messages_of_several_processes_are_printed_once(root, ckpts, tmp_path):
 def test_ctrl_c_ends_in_one_line_and_the_rest_can_be_made_later(root, ckpts, tmp_path):
     for number in range(3, 40):
         save(root / TEST / LR, f"image_600px_{number}.png", shrunk(photograph(number)[:96, :128]))
-    slice_all(root)
-    given = ["test", "--root", root, "--ckpts", ckpts]
-    testing = Launched(tmp_path / "log", command, *given)
+    slice_all(root, "--tiles", 3)
+    testing = Launched(tmp_path / "log", command, "test", "--root", root, "--ckpts", ckpts)
     while testing.processes[0].is_alive() and not (output(root) / "0_03_03.png").exists():
         time.sleep(0.01)
     os.kill(testing.processes[0].pid, signal.SIGINT)
@@ -523,9 +516,8 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_can_be_made_later(root, ckpts, tmp
     assert statuses == [130] and "Traceback" not in printed
     assert printed.splitlines()[-1] == "Interrupted."
     before = len(tiles(root))
-    assert 9 <= before < 40 * 9
-    assert not list(output(root).rglob(".*"))
-    test_all(root, ckpts)
+    assert 9 <= before < 40 * 9 and not list(output(root).rglob(".*"))
+    run_test(root, ckpts)
     assert len(tiles(root)) == 40 * 9
 
 
@@ -564,104 +556,165 @@ def test_main_runs_what_its_last_lines_leave_uncommented(root, ckpts, tmp_path):
     assert len(list(output(root).glob("*.png"))) == 27
     join_all(root)
     shutil.copy(lr_image(root, 1), tmp_path / "holiday.jpg")
-    text = text.replace("            test()\n", "            # test()\n")
-    for name, word in (
-        ("# evaluate()", "metrics.csv"),
-        ('# upscale("holiday.jpg")', "Upscaled: 1"),
-    ):
+    for name in ("# evaluate()", '# upscale("holiday.jpg")'):
         assert name in text
-        status, printed = script(text.replace(name, name[2:]), tmp_path, *options)
-        assert status == 0 and word in printed
+        text = text.replace(name, name[2:])
+    status, printed = script(text, tmp_path, *options)  # --ckpts, which evaluate does not need
+    assert status == 0 and "up to date" in printed
+    assert "metrics.csv" in printed and "Upscaled 1" in printed
     assert read_image(tmp_path / "holiday_x4.png").shape == (96, 128, 3)
-    lr_image(root, 0).write_bytes(b"no image")  # what one line leaves out does not stop the next
-    text = text.replace("# test()", "test()").replace("# evaluate()", "evaluate()")
-    status, printed = script(text, tmp_path, *options)
-    assert status == 1 and "Tested: " in printed and "Evaluated: " in printed
-
-
-def test_a_folder_without_images_is_named(tmp_path, ckpts):
-    status, printed = script(
-        (REPOSITORY / "main.py").read_text(), tmp_path, "test", "--ckpts", ckpts
-    )
+    status, printed = script(text, tmp_path)  # its own folders, which are empty
     (line,) = printed.splitlines()
-    assert status == 1
-    assert str(tmp_path / "repository" / TEST / LR) in line
+    assert status == 1 and str(tmp_path / "repository" / TEST / LR) in line
     assert "slice_images_w_overlapping.py" in line and "main.py upscale" in line
 
 
-@pytest.mark.parametrize("name", ["test", "edges", "evaluate", "upscale"])
-def test_first_time_paths_answer_with_what_to_do(tmp_path, ckpts, capsys, name):
-    (line,) = fails(capsys, command, name, "--root", tmp_path, "--ckpts", ckpts).splitlines()
-    assert str(tmp_path) in line or "main.py upscale IMAGE" in line
+def lines_of(capsys, *argv):
+    """Runs a command line; returns its exit status and the lines it printed."""
+    status = status_of(main.run, [str(each) for each in argv])
+    printed = capsys.readouterr()
+    return status, (printed.out + printed.err).splitlines()
 
 
-def test_missing_weights_are_named(root, tmp_path, capsys):
-    line = fails(capsys, test_all, root, tmp_path / "none").splitlines()[-1]
-    assert str(tmp_path / "none" / "SRModel_gen.pth") in line
+@pytest.mark.parametrize("name", list(main.COMMANDS))
+def test_help_shows_every_option_with_its_default(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, lines = lines_of(capsys, name, "--help")
+    text = "\n".join(lines)
+    assert not status and "None" not in text
+    defaults = vars(main.parser_of(name).parse_args([]))
+    entries = re.split(r"\n  (?=--|-h)", text.partition("options:")[2])
+    shown = {re.match(r"(?:-h, )?--([a-z-]+)", each)[1]: each for each in entries if each.strip()}
+    assert shown.keys() >= {key.replace("_", "-") for key in defaults} - {"images"}
+    for key, value in defaults.items():
+        if value not in (None, False, []):
+            assert f"(default: {value})" in " ".join(shown[key.replace("_", "-")].split())
+    if name in main.STAGES:
+        import stages  # noqa: PLC0415
 
-
-def shown(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main.parse_options(list(arguments))
-    return ended.value.code, capsys.readouterr()
-
-
-def test_help_shows_every_default(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    status, printed = shown(capsys, "--help")
-    assert status == 0
-    entries = re.split(r"\n  (?=--)", printed.out)[1:]
-    options = vars(main.parse_options([]))
-    seen = set()
-    for entry in entries:
-        text = " ".join(entry.split())
-        name = re.match(r"--([a-z-]+)", text)[1].replace("-", "_")
-        default = options[name]
-        seen.add(name)
-        assert f"(default: {default})" in text, text
-    assert seen == options.keys() - {"command", "images"}
-    for stage in main.all_stages():  # what "see below" means
-        row = re.search(rf"^ +{stage.name} +(.*)$", printed.out, re.MULTILINE)[1].split()
-        assert row[0] == str(stage.recipe.steps) and str(stage.recipe.learning_rate) in row
+        for each in main.STAGES[name]:
+            assert f"{stages.STAGES[each].recipe.steps:g}" in shown["steps"]
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("argv", "words"),
     [
-        *(["--epochs", value] for value in ("nan", "inf", "0", "-1")),
-        *(["--learning-rate", value] for value in ("nan", "-1e-4", "fast")),
-        *(["--steps", value] for value in ("0", "-5", "1.5")),
-        *(["--seed", value] for value in ("-1", "x", "9" * 20)),
-        *(["--workers", "-1"], ["--held-out", "-3"], ["--batch-size", "0"]),
-        *(["--crop", value] for value in ("1", "0", "-16")),
-        *(["--checkpoint-every", "0"], ["--ckpt", "other.pth"]),  # once a name, not --ckpts
-        *(["--jpeg", value] for value in ("1.5", "-0.1", "nan")),
-        *(["--device", "tpu"], ["--precision", "fp8"], ["--stage", "All"]),
-        *(["--root", "nowhere"], ["dance"], ["test", "image.png"]),
-        ["--epochs", "1", "--steps", "1"],
-        *(["train", "--fast"], ["edges", "--generator", "a.pth"], ["test", "--output", "a"]),
+        (["tset"], ["tset", "mean test"]),
+        (["photo.jpg"], ["photo.jpg", "upscale photo.jpg"]),
+        (["dance"], ["dance", "--help"]),
+        (["--root", ".", "test"], ["test", "before its options"]),
+        (["--rot", "."], ["--rot", "--root"]),
+        (["test", "--ckpt", "a"], ["--ckpt", "--ckpts"]),
+        (["test", "image.png"], ["image.png"]),
+        (["upscale", ""], ["images", "empty"]),
+        *((["train", option, "0"], [option]) for option in ("--epochs", "--steps", "--batch-size")),
+        *((["train", "--learning-rate", x], ["--learning-rate"]) for x in ("nan", "-1e-4", "fast")),
+        *((["train", "--seed", x], ["--seed"]) for x in ("-1", "x", "9" * 20)),
+        *((["train", "--jpeg", x], ["--jpeg"]) for x in ("1.5", "-0.1", "nan")),
+        (["train", "--workers", "-1"], ["--workers"]),
+        (["train", "--held-out", "-3"], ["--held-out"]),
+        (["train", "--crop", "7"], ["--crop"]),
+        (["train", "--checkpoint-every", "0"], ["--checkpoint-every"]),
+        (["train", "--stage", "PreModel"], ["--stage"]),
+        (["train", "--fast"], ["--fast"]),
+        (["test", "--output", "a"], ["--output"]),
+        (["test", "--device", "tpu"], ["--device"]),
+        (["test", "--precision", "fp8"], ["--precision"]),
+        (["test", "--model", "gan"], ["--model"]),
+        (["test", "--texture", "1.5"], ["--texture"]),
+        (["evaluate", "--root", "nowhere"], ["nowhere"]),
     ],
     ids=" ".join,
 )
-def test_odd_values_are_refused_by_the_parser(capsys, given):
-    status, printed = shown(capsys, *given)
-    assert status == 2
-    words = [each for each in given if each.startswith("-")] or given
-    assert words[0].lstrip("-") in printed.err.splitlines()[-1] or given[-1] in printed.err
+def test_mistakes_are_one_line_and_exit_with_2(capsys, argv, words):
+    status, lines = lines_of(capsys, *argv)
+    assert status == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in words)
 
 
 @pytest.mark.parametrize("given", [["--jpeg", "0.00"], ["--jpeg", "1"], ["--held-out", "0"]])
 def test_values_at_the_edge_are_taken(given):
-    assert vars(main.parse_options(given))[given[0][2:].replace("-", "_")] == float(given[1])
+    options = main.parser_of("train").parse_args(given)
+    assert vars(options)[given[0][2:].replace("-", "_")] == float(given[1])
+
+
+HEAVY = ["torch", "torchvision", "tensorboard"]
+IMPORTS = """
+import sys, main
+try:
+    main.run(sys.argv[1:])
+finally:
+    print("imported", *(name for name in {} if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "allowed"),
+    [
+        (["--help"], []),
+        (["test", "--help"], []),
+        (["train", "--stepz"], []),
+        (["upscale"], HEAVY[:1]),
+    ],
+    ids=str,
+)
+def test_a_command_imports_what_it_needs(argv, allowed, ckpts, tmp_path):
+    if argv == ["upscale"]:
+        save(tmp_path, "a.png", photograph(0, 12))
+        argv = ["upscale", tmp_path / "a.png", "--ckpts", ckpts, "--fast"]
+    given = [sys.executable, "-c", IMPORTS.format(HEAVY), *map(str, argv)]
+    done = subprocess.run(given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1].split()[1:] == allowed, done.stderr
+
+
+@pytest.mark.parametrize("name", ["main.py", "main.py upscale", "demo.py"])
+def test_help_works_without_docstrings(name):
+    given = [sys.executable, "-OO", *name.split(), "--help"]
+    done = subprocess.run(given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+    assert ("upscale" in done.stdout) is ("main" in name)
+
+
+def test_general_help_names_every_command(capsys):
+    status, lines = lines_of(capsys, "--help")
+    assert not status
+    for name, call in main.COMMANDS.items():
+        assert any(name in line and call.__doc__.split(".")[0] in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["test", "edges", "evaluate", "upscale"])
+def test_first_time_paths_answer_with_what_to_do(tmp_path, ckpts, capsys, name):
+    given = [] if name == "evaluate" else ["--ckpts", ckpts]
+    (line,) = failing(capsys, command, name, "--root", tmp_path, *given).splitlines()
+    assert str(tmp_path) in line or "main.py upscale IMAGE" in line
+
+
+def test_missing_weights_are_named(root, tmp_path, capsys):
+    line = failing(capsys, run_test, root, tmp_path / "none").splitlines()[-1]
+    assert str(tmp_path / "none" / "SRModel_gen.pth") in line
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (["--edges", ".", "--fast"], "--edges"),
+        (["--texture", "0.5"], "--texture"),
+        (["--texture", "0.5", "--model", "srresnet"], "--texture"),
+        (["--steps", "1", "--epochs", "1"], "--epochs"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused(root, capsys, given, word):
+    name, remedy = ("train", "--steps") if word == "--epochs" else ("test", "--model")
+    (line,) = failing(capsys, command, name, "--root", root, *given).splitlines()
+    assert line.startswith(word) and remedy in line
 
 
 def test_grey_image_comes_back_with_equal_channels(root, ckpts):
     lr = read_image(lr_image(root, 1))
     save(root / TEST / LR, "image_600px_1.png", np.repeat(lr[..., :1], 3, axis=2))
     slice_all(root)
-    test_all(root, ckpts)
+    run_test(root, ckpts)
     join_all(root)
     sr = read_image(joined(root, 1))
-    assert (sr == sr[..., :1]).all() and sr.shape == tuple(
-        SCALE * side if axis < 2 else side for axis, side in enumerate(lr.shape)
-    )
+    assert (sr == sr[..., :1]).all() and sr.shape == (lr.shape[0] * SCALE, lr.shape[1] * SCALE, 3)
