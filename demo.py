@@ -30,7 +30,7 @@ PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
 }
 
 
-def run() -> None:
+def main() -> None:
     """Runs the scripts one after the other, then draws the sheet."""
     console.Parser(__doc__).parse_args()
     ground_truth = DEMO / TEST / HR
@@ -92,4 +92,4 @@ def caption(title: str, row: dict[str, str], suffix: str = "") -> str:
 
 if __name__ == "__main__":
     with console.plain_errors():
-        run()
+        main()

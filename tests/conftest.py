@@ -29,6 +29,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = Device(torch.device("cpu"))
 SIZE = 96  # LR pixels a side
 
+torch.set_num_threads(1)  # tiny networks would only wait for each other's threads
+
 
 def photograph(number: int, side: int = SCALE * SIZE) -> np.ndarray:
     """A square out of one of scikit-image's photographs, `(side, side, 3)` uint8."""
