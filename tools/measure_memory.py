@@ -1,9 +1,9 @@
 """Measures whether memory grows with the number of differing image sizes; takes some minutes.
 
-    python tests/measure_memory.py
+    python tools/measure_memory.py
 
-Prints the peak over 200 images of random sizes, in parts of that of the largest one alone; exits
-with 1 above 1.2.
+Prints the peak over 200 images of random sizes, as a multiple of that of the largest one alone;
+exits with 1 above 1.2.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ LARGEST, IMAGES, ALLOWED = 264, 200, 1.2  # 264: its windows are as large as can
 
 
 def peak(count: int) -> int:
-    """Returns this process's peak after enlarging so many images, in what the system counts in."""
+    """Returns this process's peak after enlarging so many images, in the system's own unit."""
     import numpy as np  # noqa: PLC0415
 
     from device import open_device  # noqa: PLC0415
