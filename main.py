@@ -146,8 +146,8 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
 def test(options: Namespace) -> None:
     """Makes HR tiles in TestSet/600px/output of the images that were cut into LR tiles."""
     jobs, problems = pipeline.test_jobs(options.root)
-    folder = options.root / TEST / tiles.LR
-    lr_tiles, hr = tiles.find_tiles(folder / TILES), tiles.find_images(options.root / TEST / HR)[0]
+    folder, hr_folder = options.root / TEST / tiles.LR, options.root / TEST / HR
+    lr_tiles, hr = tiles.find_tiles(folder / TILES), tiles.find_images(hr_folder)[0]
     files.check_writable(folder / OUTPUT)
     with open_enlarger(options, chosen_generators(options)) as enlarger:
 
@@ -155,9 +155,8 @@ def test(options: Namespace) -> None:
             pipeline.check_downscaled(job.source, hr.get(job.name))
             return test_image(job, lr_tiles.get(job.name, {}), options.edges, enlarger, on_progress)
 
-        pipeline.for_each(
-            jobs, work, "Tested", folder / OUTPUT, problems=problems, device=enlarger.device
-        )
+        device = enlarger.device
+        pipeline.for_each(jobs, work, "Tested", folder / OUTPUT, problems=problems, device=device)
 
 
 def test_image(
@@ -169,14 +168,14 @@ def test_image(
 ) -> Finish | None:
     """Upscales one image; what is left to do is to cut the result into tiles and write them."""
     grid, stamp = pipeline.check_tiles(job.source, lr_tiles)
-    hr_edges = edges_folder and edges_folder / f"{job.name}.png"
-    stamp = replace(stamp, weights=enlarger.weights, edges=digest_edges(hr_edges, job.source))
+    edges_path = edges_folder and edges_folder / f"{job.name}.png"
+    stamp = replace(stamp, weights=enlarger.weights, edges=digest_edges(edges_path, job.source))
     fresh = [job.target / tiles.tile_name(job.name, *at) for at in grid]
     moved = job.target / job.name  # by the joining
     if all(Stamp.read(p if p.exists() else moved / p.name) == stamp for p in fresh):
         return UP_TO_DATE
     lr = images.read_image(job.source)
-    sr = enlarger(lr, hr_edges and read_edges(hr_edges, lr), on_progress)
+    sr = enlarger(lr, read_edges(edges_path, lr), on_progress)
 
     def write() -> None:
         for folder in (job.target, moved):
@@ -229,12 +228,14 @@ def digest_edges(path: Path | None, lr: Path) -> str:
     return files.digest(path)
 
 
-def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
-    """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file.
+def read_edges(path: Path | None, lr: np.ndarray) -> np.ndarray | None:
+    """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file, if there is one.
 
     Raises:
         ImageError: the file cannot be read, or is not of the HR image's size.
     """
+    if path is None:
+        return None
     edges, wanted = images.read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
     if edges.shape != wanted:
         raise ImageError(f"{path}: (height, width) is {edges.shape} instead of {wanted}")
@@ -266,7 +267,7 @@ def upscale_image(
     """Upscales one image unless its result is there; what is left to do is to write it."""
     sheet = job.target.with_name(f"{job.target.stem}{pipeline.PREVIEW}.png")
     targets = [job.target, sheet] if options.preview else [job.target]
-    edges_digest = files.digest(options.edges) if options.edges else ""
+    edges_digest = digest_edges(options.edges, job.source)
     stamp = Stamp(files.digest(job.source), weights=enlarger.weights, edges=edges_digest)
     existing = [target for target in targets if target.exists()]
     for target in existing:
@@ -277,7 +278,7 @@ def upscale_image(
     if existing == targets and not options.overwrite:
         return UP_TO_DATE
     photo = images.read_photo(job.source)
-    hr_edges = read_edges(options.edges, photo.rgb) if options.edges else None
+    hr_edges = read_edges(options.edges, photo.rgb)
     files.check_writable(job.target.parent)
     if options.preview and enlarger.needs_edges and hr_edges is None:
         hr_edges = enlarger.predict_edges(photo.rgb)
@@ -303,38 +304,40 @@ def evaluate(options: Namespace) -> None:
     """
     from device import open_device
 
+    folder = options.root / TEST / HR
     jobs, problems = pipeline.test_jobs(options.root, pipeline.CANDIDATE)
-    hr, _ = tiles.find_images(options.root / TEST / HR)
+    hr, rows = tiles.find_images(folder)[0], {}
     known = [job for job in jobs if job.name in hr]
     if not known:
-        raise UserError(f"{options.root / TEST / HR}: no ground truth of the images to evaluate")
-    if len(known) < len(jobs):
-        console.info(f"{len(jobs) - len(known)} of {len(jobs)} images have no ground truth")
-    table, rows = known[0].target.with_name("metrics.csv"), {}
-    fresh = tiles.find_tiles(table.parent.parent)
+        raise UserError(f"{folder}: no ground truth of the images to evaluate")
+    table, missing = known[0].target.with_name("metrics.csv"), len(jobs) - len(known)
+    where = f"{table}; {missing} more without ground truth" if missing else table
     with open_device(options.device, "fp32") as device:
-
-        def work(job: Job, _: OnProgress) -> Finish:
-            if not job.target.exists() or job.name in fresh:
-                raise ImageError(f"{job.source}: not joined; run `python join_slice_images.py`")
-            rows[job.name] = evaluate_image(job.source, hr[job.name], job.target, device)
-            return list
-
-        finish = partial(write_table, table, rows, device)
+        work, finish = (
+            partial(evaluate_image, hr, rows, device),
+            partial(write_table, table, rows, device),
+        )
         pipeline.for_each(
-            known, work, "Evaluated", table, problems=problems, device=device, before_report=finish
+            known, work, "Evaluated", where, problems=problems, device=device, before_report=finish
         )
 
 
-def evaluate_image(lr: Path, hr: Path, sr: Path, device: "Device") -> dict[str, float]:
-    """Returns the metrics of one image and of the bicubic one, if all files are current."""
+def evaluate_image(
+    hr: dict[str, Path], rows: dict[str, dict], device: "Device", job: Job, _: OnProgress
+) -> Finish:
+    """Finds the metrics of one image and of the bicubic one, if all files are current."""
     import metrics
 
-    pipeline.check_downscaled(lr, hr)
-    pipeline.check_source(sr, lr, "slice, test and join again")
-    for path in (hr, sr):
-        pipeline.check_size(path, lr)
-    return metrics.against_bicubic(*map(images.read_image, (lr, hr, sr)), device)
+    unjoined = job.target.parent.parent / tiles.tile_name(job.name, 1, 1)
+    if not job.target.exists() or unjoined.exists():
+        raise ImageError(f"{job.source}: not joined; run `python join_slice_images.py`")
+    paths = job.source, hr[job.name], job.target
+    pipeline.check_downscaled(*paths[:2])
+    pipeline.check_source(job.target, job.source, "slice, test and join again")
+    for path in paths[1:]:
+        pipeline.check_size(path, job.source)
+    rows[job.name] = metrics.against_bicubic(*map(images.read_image, paths), device)
+    return list
 
 
 def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device") -> None:
