@@ -19,6 +19,8 @@ import tiles
 from console import ImageError
 from pipeline import Stamp
 
+TEST_AGAIN = "run `python main.py test` again"
+
 
 def main(argv: list[str] | None = None) -> None:
     """Joins all images below `--root`."""
@@ -51,15 +53,12 @@ def join_image(job: pipeline.Job, moved: Path, fresh: dict[tiles.Position, Path]
     Returns:
         A note on everything that the result cannot carry, and on tiles of another program.
     """
-    found, lr, again = tiles.find_tiles(moved).get(job.name, {}) | fresh, job.source, TEST_AGAIN
-    try:
-        grid = tiles.Grid.of_tiles(images.image_size(lr), found, tiles.SCALE)
-    except ImageError as error:
-        raise ImageError(f"{lr}: {error}; {again}") from error
+    found, lr = tiles.find_tiles(moved).get(job.name, {}) | fresh, job.source
+    grid = tiles.Grid.of_tiles(lr, found, TEST_AGAIN, tiles.SCALE)
     stamps = [Stamp.read(path) for path in found.values()]
     known = set(stamps) - {None}
     if len(known) > 1 or any(stamp.source != files.digest(lr) for stamp in known):
-        raise ImageError(f"{lr}: its tiles are of different runs or of an older {lr.name}; {again}")
+        raise ImageError(f"{lr}: tiles of several runs, or of an older {lr.name}; {TEST_AGAIN}")
     sr = {at: images.read_image(path) for at, path in found.items()}
     stamp = str(known.pop()) if known and None not in stamps else ""
     notes = images.write_image(
@@ -70,8 +69,6 @@ def join_image(job: pipeline.Job, moved: Path, fresh: dict[tiles.Position, Path]
         path.replace(moved / path.name)
     return notes + ["has tiles of another program, joined as they are"] * (None in stamps)
 
-
-TEST_AGAIN = "run `python main.py test` again"
 
 if __name__ == "__main__":
     main()

@@ -254,8 +254,7 @@ def upscale(options: Namespace) -> None:
     jobs, problems = pipeline.upscale_jobs(
         options.images, options.output, f"{ending}.{options.format}", options.recursive
     )
-    folders = sorted({str(job.target.parent) for job in jobs})
-    where = jobs[0].target if len(jobs) == 1 else ", ".join(folders[:3])
+    where = jobs[0].target if len(jobs) == 1 else options.output or "beside the originals"
     with open_enlarger(options, chosen_generators(options)) as enlarger:
         work, device = partial(upscale_image, options, enlarger), enlarger.device
         pipeline.for_each(jobs, work, "Upscaled", where, problems=problems, device=device)

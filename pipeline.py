@@ -203,10 +203,7 @@ def check_tiles(lr: Path, found: dict[tiles.Position, Path]) -> tuple[tiles.Grid
     Raises:
         ImageError: they are not complete, or not all of the image as it is now.
     """
-    try:
-        grid = tiles.Grid.of_tiles(images.image_size(lr), found)
-    except ImageError as error:
-        raise ImageError(f"{lr}: {error}; {tiles.SLICE_AGAIN}") from error
+    grid = tiles.Grid.of_tiles(lr, found, tiles.SLICE_AGAIN)
     stamp = Stamp(files.digest(lr), str(grid))
     for path in found.values():
         if Stamp.read(path) != stamp:

@@ -102,12 +102,6 @@ def scaled(area: Area, scale: int = SCALE) -> Area:
     return rows, cols
 
 
-def _part(side: slice, index: int, count: int) -> slice:
-    """Returns part `index`, from 0, of a side that is divided evenly into `count` parts."""
-    length = side.stop - side.start
-    return slice(side.start + index * length // count, side.start + (index + 1) * length // count)
-
-
 # The grid of tiles ----------------------------------------------------------------------------
 
 
@@ -117,7 +111,6 @@ class Grid:
 
     The cut lines divide the image evenly. A tile is its cell between two cut lines and
     `pad // 2` LR pixels more on every side, so neighbours share `pad` LR pixels.
-
     """
 
     height: int
@@ -126,27 +119,26 @@ class Grid:
     pad: int = 8
 
     @classmethod
-    def of_tiles(cls, size: tuple[int, int], found: dict[Position, Path], scale: int = 1) -> "Grid":
+    def of_tiles(cls, lr: Path, found: dict[Position, Path], remedy: str, scale: int = 1) -> "Grid":
         """Returns the grid that an image's tiles were cut by, from their rows, columns and sizes.
 
         Args:
-            size: height and width of the LR image.
+            lr: the LR image.
             found: its tiles, at `scale` times the LR size.
-
-        Raises:
-            ImageError: a tile is missing, or not of its place's size.
+            remedy: what to do where a tile is missing, or not of its place's size.
         """
+        size = images.image_size(lr)
         if not found:
-            raise ImageError("has no tiles")
+            raise ImageError(f"{lr}: has no tiles; {remedy}")
         first, count = min(found), max(max(at) for at in found)
         height, _ = images.image_size(found[first])
-        pad = height // scale - shape_of(cls(*size, count, 0).cell(*first))[0]
+        pad = height // scale - shape_of(cls(*size, count).cell(*first))[0]
         grid = cls(*size, count, max(pad, 0))
-        for at in grid:
-            if at not in found:
-                raise ImageError(f"tile {at} of {count}x{count} is missing")
-            if images.image_size(found[at]) != grid.tile_shape(*at, scale):
-                raise ImageError(f"{found[at].name} is not of the size of tile {at}")
+        if missing := set(grid) - found.keys():
+            raise ImageError(f"{lr}: tile {min(missing)} of {count}x{count} is missing; {remedy}")
+        for at, path in found.items():
+            if images.image_size(path) != grid.tile_shape(*at, scale):
+                raise ImageError(f"{path}: is not of the size of tile {at}; {remedy}")
         return grid
 
     def __str__(self) -> str:
@@ -158,9 +150,11 @@ class Grid:
 
     def cell(self, row: int, col: int, scale: int = 1) -> Area:
         """Returns the area between tile (row, col)'s cut lines at `scale` times the LR size."""
-        rows, cols = full_area((self.height, self.width))
-        area = _part(rows, row - 1, self.tiles), _part(cols, col - 1, self.tiles)
-        return scaled(area, scale)
+        rows, cols = (
+            slice(length * (number - 1) // self.tiles, length * number // self.tiles)
+            for length, number in ((self.height, row), (self.width, col))
+        )
+        return scaled((rows, cols), scale)
 
     def tile_shape(self, row: int, col: int, scale: int = 1) -> tuple[int, int]:
         """Returns the height and width of tile (row, col), overlap included."""

@@ -75,15 +75,16 @@ def test_tiles_tell_their_grid(tmp_path, options, shape, scale):
     for at in grid:
         image = np.zeros((*grid.tile_shape(*at, scale), 3), np.uint8)
         found[at] = save(tmp_path, tiles.tile_name("a", *at), image)
-    assert Grid.of_tiles(shape, found, scale) == grid
+    lr = save(tmp_path, "a.png", np.zeros((*shape, 3), np.uint8))
+    assert Grid.of_tiles(lr, found, "again", scale) == grid
     last = found.pop(max(found))
-    for wrong in (found, {}, found | {(1, 9): last}):
-        with pytest.raises(ImageError):
-            Grid.of_tiles(shape, wrong, scale)
+    for wrong in (found, {}, found | {(1, 9): last, max(grid): last}):
+        with pytest.raises(ImageError, match=r"a\.png: .*; again"):
+            Grid.of_tiles(lr, wrong, "again", scale)
     if scale > 1 or options[0] > 1:
         save(tmp_path, last.name, np.zeros((3, 3, 3), np.uint8))
-        with pytest.raises(ImageError, match="size of tile"):
-            Grid.of_tiles(shape, found | {(options[0],) * 2: last}, scale)
+        with pytest.raises(ImageError, match=rf"{last.name}: .*; again"):
+            Grid.of_tiles(lr, found | {(options[0],) * 2: last}, "again", scale)
 
 
 @pytest.mark.parametrize(
