@@ -179,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            self.error(f"unknown option {unknown[0]}{did_you_mean(name, self.names)}")
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(name, self.names)}")
         return options
 
     def error(self, message: str) -> None:

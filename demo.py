@@ -1,4 +1,4 @@
-"""Shows the whole way on photographs that scikit-image carries: slice, test, join, evaluate.
+"""Runs the whole pipeline on scikit-image's photographs: slice, test, join, edges, evaluate.
 
     python demo.py
 

@@ -1,3 +1,4 @@
+import shutil
 from itertools import product
 
 import numpy as np
@@ -5,11 +6,13 @@ import pytest
 import torch
 from conftest import CPU, photograph
 
+from console import UserError
 from device import Device, to_tensor
 from images import canny
 from inference import Enlarger, Windows, for_inference
 from models import EdgeGenerator, Generator, SRResNet
 from tiles import full_area, grow, shape_of, windows
+from weights import save_network
 
 
 def trained(network):
@@ -40,6 +43,32 @@ def test_folded_network_is_the_network(network, inputs):
         assert torch.allclose(folded(*images), network(*images), atol=1e-5)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     assert not any("weight_orig" in key for key in folded.state_dict())
+
+
+def test_loaded_networks_are_known_by_content_share_and_precision(ckpts, tmp_path):
+    def known(shares, folder=ckpts, device=CPU):
+        files = {folder / f"{name}_gen.pth": share for name, share in shares.items()}
+        return Enlarger.load(files, folder / "EdgeModel_gen.pth", device).weights
+
+    copy = tmp_path / "copy"
+    shutil.copytree(ckpts, copy, copy_function=shutil.copyfile)
+    first = known({"SRModel": 1.0})
+    assert known({"SRModel": 1.0}, copy) == first
+    save_network(EdgeGenerator(4, 1), copy / "EdgeModel_gen.pth")
+    bf16 = Device(torch.device("cpu"), torch.bfloat16)
+    others = {
+        known({"SRModel": 1.0}, copy),
+        known({"SRModel": 1.0}, device=bf16),
+        known({"PreModel": 1.0}),
+        known({"SRResNet": 1.0}),
+        known({"SRResNet": 0.25, "SRGAN": 0.75}),
+        known({"SRResNet": 0.75, "SRGAN": 0.25}),
+        known({}),
+    }
+    assert len({first, *others}) == 8 and not any(" " in each for each in others)
+    assert known({"SRResNet": 1.0}, copy) == known({"SRResNet": 1.0})  # which takes no edges
+    with pytest.raises(UserError, match=r"none.*SRModel_gen\.pth"):
+        known({"SRModel": 1.0}, tmp_path / "none")
 
 
 @pytest.mark.parametrize("size", [5, 23, 120])

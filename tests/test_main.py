@@ -36,7 +36,7 @@ import metrics
 from images import read_image
 from inference import Enlarger
 from models import EdgeGenerator, Generator, SRResNet
-from tiles import HR, JOINED, LR, OUTPUT, SCALE, TEST, TILES
+from tiles import HR, JOINED, LR, OUTPUT, TEST, TILES
 from weights import save_network
 
 
@@ -632,12 +632,6 @@ def test_mistakes_are_one_line_and_exit_with_2(capsys, argv, words):
     assert all(word in lines[0] for word in words)
 
 
-@pytest.mark.parametrize("given", [["--jpeg", "0.00"], ["--jpeg", "1"], ["--held-out", "0"]])
-def test_values_at_the_edge_are_taken(given):
-    options = main.parser_of("train").parse_args(given)
-    assert vars(options)[given[0][2:].replace("-", "_")] == float(given[1])
-
-
 HEAVY = ["torch", "torchvision", "tensorboard"]
 IMPORTS = """
 import sys, main
@@ -708,13 +702,3 @@ def test_options_that_do_not_go_together_are_refused(root, capsys, given, word):
     name, remedy = ("train", "--steps") if word == "--epochs" else ("test", "--model")
     (line,) = failing(capsys, command, name, "--root", root, *given).splitlines()
     assert line.startswith(word) and remedy in line
-
-
-def test_grey_image_comes_back_with_equal_channels(root, ckpts):
-    lr = read_image(lr_image(root, 1))
-    save(root / TEST / LR, "image_600px_1.png", np.repeat(lr[..., :1], 3, axis=2))
-    slice_all(root)
-    run_test(root, ckpts)
-    join_all(root)
-    sr = read_image(joined(root, 1))
-    assert (sr == sr[..., :1]).all() and sr.shape == (lr.shape[0] * SCALE, lr.shape[1] * SCALE, 3)

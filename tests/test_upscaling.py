@@ -63,45 +63,27 @@ def test_the_result_is_that_of_slicing_testing_and_joining(upscale, ckpts, tmp_p
     assert np.abs(joined.astype(int) - alone).max() <= 1
 
 
-def transparent():
+def test_what_an_image_carries_comes_back(upscale, tmp_path):
     alpha = np.zeros((SIDE, SIDE), np.uint8)
     alpha[10:30, 10:30] = 255
-    return Image.fromarray(np.dstack([photograph(0, SIDE), alpha]))
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "mode", "note"),
-    [
-        ("scan.png", lambda: image().convert("L"), "L", ""),
-        ("logo.png", transparent, "RGBA", ""),
-        ("print.jpg", lambda: image().convert("CMYK"), "RGB", "CMYK"),
-        ("photo.tif", image, "RGB", ""),
-    ],
-    ids=lambda value: value if isinstance(value, str) and "." in value else "",
-)
-def test_images_of_all_kinds(upscale, tmp_path, name, make, mode, note):
-    make().save(tmp_path / name)
-    status, printed = upscale(tmp_path / name)
-    assert status == 0 and note in printed
-    with Image.open(tmp_path / f"{name.partition('.')[0]}_x4.png") as result:
-        assert result.mode == mode and result.size == (4 * SIDE, 4 * SIDE)
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_photographs_come_out_upright_with_profile_and_exif(upscale, tmp_path, orientation):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(np.dstack([photograph(0, SIDE), alpha])).save(tmp_path / "logo.png")
     photo = Image.fromarray(photograph(0, SIDE)[:24])
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = photo.getexif()
-    exif[0x0112], exif[0x010F] = orientation, "Maker"
+    exif[0x0112], exif[0x010F] = 6, "Maker"
     photo.save(tmp_path / "a.jpg", exif=exif, icc_profile=profile, dpi=(300, 300))
-    for output in (tmp_path / "out.jpg", tmp_path / "out.png"):
-        assert upscale(tmp_path / "a.jpg", "--output", output)[0] == 0
-        with Image.open(output) as result:
-            assert result.size == ((96, 160) if orientation == 6 else (160, 96))
-            assert result.info["icc_profile"] == profile
-            kept = result.getexif()
-            assert kept.get(0x010F) == "Maker" and kept.get(0x0112, 1) == 1
+    image().convert("CMYK").save(tmp_path / "print.jpg")
+    for suffix in ("png", "jpg"):
+        status, printed = upscale(tmp_path, "--format", suffix)
+        assert status == 0
+        assert "print.jpg: converted from CMYK" in printed
+        assert ("logo.png: JPEG has no transparency" in printed) is (suffix == "jpg")
+        with Image.open(tmp_path / f"a_x4.{suffix}") as result:
+            assert result.size == (96, 160) and result.info["icc_profile"] == profile
+            assert result.getexif().get(0x010F) == "Maker"
+            assert result.getexif().get(0x0112, 1) == 1
             assert round(result.info["dpi"][0]) == 300
+    assert Image.open(tmp_path / "logo_x4.png").mode == "RGBA"
 
 
 ANY_FORMAT = ["png", "jpg", "webp", "tif"]
