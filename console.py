@@ -194,9 +194,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def number(
-    kind: type, wanted: str, holds: Callable[[float], bool] = lambda _: True
-) -> Callable[[str], float]:
+def number(kind: type, wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
     """Returns a parser of an option that is a number.
 
     Args:

@@ -67,7 +67,9 @@ def for_each(
         StorageError: nothing can be written.
     """
     rank, world = (device.rank, device.world) if device else (0, 1)
-    report, waiting = Report(problems if rank == 0 else ()), deque[tuple[Job, Future]]()
+    report, waiting = Report(), deque[tuple[Job, Future]]()
+    for problem in problems if rank == 0 else ():
+        report.skip(problem)
     mine, title = jobs[rank::world], f"{done.partition(' ')[0].removesuffix('ed')}ing"
     bar = console.progress(total=len(mine), desc=title, bar_format=BAR, disable=not mine)
     with bar, ThreadPoolExecutor(threads) as pool:
@@ -90,21 +92,16 @@ def for_each(
 
 @dataclass
 class Report:
-    """What became of the images of one process; says at once which it skipped, and why."""
+    """How many images one process made, found up to date, and skipped."""
 
-    problems: Sequence[str]
     made: int = 0
     current: int = 0
-    skipped: list[str] = field(default_factory=list)
+    skipped: int = 0
     start: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        for problem in self.problems:
-            self.skip(problem)
 
     def skip(self, problem: str) -> None:
         """Counts and names an image that is skipped."""
-        self.skipped.append(problem)
+        self.skipped += 1
         console.warn(f"Skipped {problem}")
 
     @contextmanager
@@ -126,7 +123,7 @@ class Report:
 
     def print(self, done: str, where: Path | str, device: "Device | None") -> None:
         """Prints one line for all processes, or raises it as UserError if images were skipped."""
-        counts = [[self.made, self.current, len(self.skipped)]]
+        counts = [[self.made, self.current, self.skipped]]
         gathered = device.gather(counts) if device else counts
         made, current, skipped = map(sum, zip(*gathered, strict=True))
         text = f"{done} {made} image{'s' * (made != 1)}"
