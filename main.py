@@ -146,43 +146,43 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
 def test(options: Namespace) -> None:
     """Makes HR tiles in TestSet/600px/output of the images that were cut into LR tiles."""
     jobs, problems = pipeline.test_jobs(options.root)
-    folder, hr_folder = options.root / TEST / tiles.LR, options.root / TEST / HR
-    lr_tiles, hr = tiles.find_tiles(folder / TILES), tiles.find_images(hr_folder)[0]
-    files.check_writable(folder / OUTPUT)
+    folder, output = options.root / TEST / tiles.LR / TILES, options.root / TEST / tiles.LR / OUTPUT
+    files.check_writable(output)
+    found = tiles.find_tiles(folder), tiles.find_tiles(output)
+    hr, _ = tiles.find_images(options.root / TEST / HR)
     with open_enlarger(options, chosen_generators(options)) as enlarger:
-
-        def work(job: Job, on_progress: OnProgress) -> Finish | None:
-            pipeline.check_downscaled(job.source, hr.get(job.name))
-            return test_image(job, lr_tiles.get(job.name, {}), options.edges, enlarger, on_progress)
-
-        device = enlarger.device
-        pipeline.for_each(jobs, work, "Tested", folder / OUTPUT, problems=problems, device=device)
+        work, device = partial(test_image, options, enlarger, *found, hr), enlarger.device
+        pipeline.for_each(jobs, work, "Tested", output, problems=problems, device=device)
 
 
 def test_image(
-    job: Job,
-    lr_tiles: dict[tiles.Position, Path],
-    edges_folder: Path | None,
+    options: Namespace,
     enlarger: "Enlarger",
+    lr_tiles: dict[str, dict[tiles.Position, Path]],
+    hr_tiles: dict[str, dict[tiles.Position, Path]],
+    hr: dict[str, Path],
+    job: Job,
     on_progress: OnProgress,
 ) -> Finish | None:
     """Upscales one image; what is left to do is to cut the result into tiles and write them."""
-    grid, stamp = pipeline.check_tiles(job.source, lr_tiles)
-    edges_path = edges_folder and edges_folder / f"{job.name}.png"
+    pipeline.check_downscaled(job.source, hr.get(job.name))
+    grid, stamp = pipeline.check_tiles(job.source, lr_tiles.get(job.name, {}))
+    edges_path = options.edges and options.edges / f"{job.name}.png"
     stamp = replace(stamp, weights=enlarger.weights, edges=digest_edges(edges_path, job.source))
-    fresh = [job.target / tiles.tile_name(job.name, *at) for at in grid]
-    moved = job.target / job.name  # by the joining
-    if all(Stamp.read(p if p.exists() else moved / p.name) == stamp for p in fresh):
+    fresh = hr_tiles.get(job.name, {})
+    moved = tiles.find_tiles(job.target / job.name).get(job.name, {})  # by the joining
+    old = moved | fresh
+    if old.keys() == set(grid) and all(Stamp.read(path) == stamp for path in old.values()):
         return UP_TO_DATE
     lr = images.read_image(job.source)
     sr = enlarger(lr, read_edges(edges_path, lr), on_progress)
 
     def write() -> None:
-        for folder in (job.target, moved):
-            for path in tiles.find_tiles(folder).get(job.name, {}).values():
-                path.unlink(missing_ok=True)
-        for path, at in zip(fresh, grid, strict=True):
-            images.write_png(path, tiles.cut_tile(sr, grid, *at, SCALE), str(stamp))
+        for path in (*fresh.values(), *moved.values()):
+            path.unlink(missing_ok=True)
+        for at in grid:
+            tile = tiles.cut_tile(sr, grid, *at, SCALE)
+            images.write_png(job.target / tiles.tile_name(job.name, *at), tile, str(stamp))
 
     return write
 
