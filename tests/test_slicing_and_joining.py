@@ -1,9 +1,7 @@
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -369,31 +367,6 @@ def test_tiles_of_two_sets_of_weights_are_refused(tested, capsys):
 
 
 # Both scripts ---------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
-def test_slicing_goes_on_after_a_real_ctrl_c(tmp_path):
-    for number in range(20):
-        save(tmp_path / TRAINING / HR, f"{number}.png", photograph(number))
-    given = [sys.executable, str(REPOSITORY / SCRIPTS[0]), "--threads", "1", "--root", tmp_path]
-    process = subprocess.Popen(given, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / TRAINING / HR / TILES).exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert printed.splitlines()[-1] == "Interrupted." and "Traceback" not in printed
-    assert not list(tmp_path.rglob(".*"))
-    slice_all(tmp_path)
-    for size in (LR, HR):
-        assert len(content(tmp_path / TRAINING / size / TILES)) == 20 * 36
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_works_without_docstrings(script):
-    given = [sys.executable, "-OO", str(REPOSITORY / script), "--help"]
-    done = subprocess.run(given, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--root" in done.stdout and "None" not in done.stdout
 
 
 def test_empty_folders_tell_what_to_do(tmp_path, capsys):
