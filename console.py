@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent  # where TrainingSet/, TestSet/ and ckpts/ are
+incomplete: list[str] = []  # reports of commands that skipped something
 LOG_INTERVAL = 30  # seconds between two states of a bar in a log file
 
 
@@ -49,11 +50,15 @@ def plain_errors() -> Iterator[None]:
     """Ends the script with one line on stderr instead of a traceback, where the user can help.
 
     Raises:
-        SystemExit: 1 after a UserError, an OSError or full memory; 130 after Ctrl-C.
+        SystemExit: 1 after a UserError, an OSError, full memory, or `warn_incomplete`; 130 after
+            Ctrl-C.
     """
     open_missing_streams()
+    incomplete.clear()
     try:
         yield
+        if incomplete:
+            raise SystemExit(1)
     except KeyboardInterrupt as error:
         warn(f"Interrupted. {error}".rstrip())
         raise SystemExit(130) from None
@@ -119,6 +124,12 @@ def info(text: str) -> None:
 def warn(text: str) -> None:
     """Prints a line on stderr, above the bars."""
     _print(text, "stderr")
+
+
+def warn_incomplete(report: str) -> None:
+    """Prints the report of a command that skipped something, which the exit status will tell."""
+    incomplete.append(report)
+    warn(report)
 
 
 def _print(text: str, stream: str) -> None:

@@ -63,7 +63,6 @@ def for_each(
         before_report: called in all processes.
 
     Raises:
-        UserError: images were skipped; it says how many.
         StorageError: nothing can be written.
     """
     rank, world = (device.rank, device.world) if device else (0, 1)
@@ -122,18 +121,15 @@ class Report:
             self.made += 1
 
     def print(self, done: str, where: Path | str, device: "Device | None") -> None:
-        """Prints one line for all processes, or raises it as UserError if images were skipped."""
+        """Prints one line for all processes."""
         counts = [[self.made, self.current, self.skipped]]
         gathered = device.gather(counts) if device else counts
         made, current, skipped = map(sum, zip(*gathered, strict=True))
         text = f"{done} {made} image{'s' * (made != 1)}"
         text += f", {current} up to date" * (current > 0) + f", {skipped} skipped" * (skipped > 0)
         text += f", in {console.duration(self.start)}: {where}"
-        if device and device.rank:
-            return
-        if skipped:
-            raise UserError(text)
-        console.info(text)
+        if not (device and device.rank):
+            (console.warn_incomplete if skipped else console.info)(text)
 
 
 # What results were made from ------------------------------------------------------------------
