@@ -1,4 +1,4 @@
-"""The four networks of Edge.SRGAN, the SRResNet they start from, and their weight files.
+"""The four networks of Edge.SRGAN, and the SRResNet they start from.
 
 Edge generator and discriminator: Nazeri et al., Edge-Informed Single Image Super-Resolution,
 arXiv 1909.05305, section 3.1. HR generator and discriminator: Ledig et al., SRGAN,
@@ -8,11 +8,7 @@ Images and edges enter and leave every network in [0, 1], float. LR images are (
 images (N, 3, 4H, 4W), LR edges (N, 1, H, W), HR edges (N, 1, 4H, 4W).
 """
 
-import hashlib
-import re
-from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from console import UserError, one_line
 from device import SumOverProcesses
-from images import replacing
 from tiles import SCALE
 
 # Layers ---------------------------------------------------------------------------------------
@@ -61,7 +55,7 @@ class InstanceNorm(nn.InstanceNorm2d):
         return super().forward(x)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes that train, on any device."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,11 +113,15 @@ class EdgeGenerator(nn.Module):
             FewChannelConv(width, 1, 7),
         )
 
-    def forward(self, lr: Tensor, lr_edges: Tensor) -> Tensor:
-        """Returns the probability of an HR edge, float32."""
+    def logits(self, lr: Tensor, lr_edges: Tensor) -> Tensor:
+        """Returns the logits of an HR edge, (N, 1, 4H, 4W), float32."""
         x = torch.cat([lr, lr_edges], dim=1)
         x = F.interpolate(x, scale_factor=SCALE, mode="nearest")
-        return torch.sigmoid(self.decoder(self.middle(self.encoder(x))).float())
+        return self.decoder(self.middle(self.encoder(x))).float()
+
+    def forward(self, lr: Tensor, lr_edges: Tensor) -> Tensor:
+        """Returns the probability of an HR edge, (N, 1, 4H, 4W), float32."""
+        return torch.sigmoid(self.logits(lr, lr_edges))
 
 
 class EdgeResidualBlock(nn.Module):
@@ -181,9 +179,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = SyncBatchNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = SyncBatchNorm(channels)
         self.prelu = PReLU()
         nn.init.zeros_(self.bn2.weight)
 
@@ -219,7 +217,7 @@ class SRResNet(nn.Module):
         self.prelu = PReLU()
         self.residual_blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.bn2 = BatchNorm2d(width)
+        self.bn2 = SyncBatchNorm(width)
         self.upsample1 = UpsamplingBlock(width)
         self.upsample2 = UpsamplingBlock(width)
         self.conv5 = FewChannelConv(width, 3, 9, padding=4)
@@ -256,7 +254,7 @@ class Generator(SRResNet):
             *(ResidualBlock(2 * width) for _ in range(blocks // 4))
         )
         self.conv4 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.bn4 = BatchNorm2d(2 * width)
+        self.bn4 = SyncBatchNorm(2 * width)
         self.conv5 = FewChannelConv(2 * width, 3, 9, padding=4)
 
     def render(self, features: Tensor, hr_edges: Tensor) -> Tensor:
@@ -310,129 +308,10 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.SiLU()]
         for i, (into, out) in enumerate(pairwise(channels)):
             conv = nn.Conv2d(into, out, 3, stride=2 - i % 2, padding=1)
-            layers += [conv, BatchNorm2d(out), nn.SiLU()]
+            layers += [conv, SyncBatchNorm(out), nn.SiLU()]
         # the original pads this 1 x 1 convolution: a border equal to the bias enters the mean
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 1, padding=1))
 
     def forward(self, hr: Tensor) -> Tensor:
         """Returns the (N,) logits of being real, float32."""
         return self.layers(2 * hr - 1).float().mean(dim=(1, 2, 3))
-
-
-# Weight files ---------------------------------------------------------------------------------
-
-
-class WeightError(UserError):
-    """A weight file cannot be used."""
-
-
-def save_network(network: nn.Module, path: Path) -> None:
-    """Writes a network's weights, those of more than one dimension in half precision."""
-    state = {key: to_half(value) for key, value in network.state_dict().items()}
-    save_file({"network": type(network).__name__, "state_dict": state}, path)
-
-
-def to_half(value: Tensor) -> Tensor:
-    """Returns a tensor in half precision unless it is a vector, or too large for it."""
-    if value.ndim <= 1:
-        return value
-    half = value.half()
-    return half if half.isfinite().all() else value
-
-
-def digest(*paths: Path) -> str:
-    """Returns by which to know the content of weight files again; missing ones are left out."""
-    return hashlib.sha1(b"".join(path.read_bytes() for path in paths if path.exists())).hexdigest()
-
-
-def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the network in a file of `save_network`, of the published Edge-Informed SISR, of
-    Edge.SRGAN's own training, or in a bare state dict; recognised by its keys and shapes.
-
-    Args:
-        kinds: the classes that will do; any of this module's by default.
-
-    Returns:
-        The network in float32, in evaluation mode.
-
-    Raises:
-        WeightError: there is no such file, or it holds no such network.
-    """
-    return build_network(load_state(path), path, *kinds)
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Returns the state dict that a weight file holds, in today's names.
-
-    Raises:
-        WeightError: there is no such file, or it holds none, or a weight that is not finite.
-    """
-    content = load_file(path)
-    state = content.get("generator", content.get("state_dict", content))
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise WeightError(f"{path}: holds no state dict; give another file")
-    if damaged := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise WeightError(f"{path}: {damaged[0]} is not finite; give a file from before that")
-    return {todays_name(key): value for key, value in state.items()}
-
-
-def todays_name(key: str) -> str:
-    """Returns a weight's name here for its name in a published file or under DataParallel."""
-    key = key.removeprefix("module.")
-    number = r"^residual_block(_edges)?(\d+)\."
-    return re.sub(number, lambda m: f"residual_blocks{m[1] or ''}.{int(m[2]) - 1}.", key)
-
-
-def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the network that a state dict of `load_state` is of; see `load_network`."""
-    if "encoder.1.weight_orig" in state:
-        kind, first, blocks = EdgeGenerator, "encoder.1.weight_orig", "middle."
-    elif "residual_blocks.0.conv1.weight" in state:
-        kind = Generator if "conv3.weight" in state else SRResNet
-        first, blocks = "conv1.weight", "residual_blocks."
-    else:
-        raise WeightError(f"{path}: holds none of this repository's generators; give another file")
-    if kinds and kind not in kinds:
-        wanted = " or ".join(each.__name__ for each in kinds)
-        raise WeightError(f"{path}: holds {kind.__name__}, not {wanted}; give another file")
-    try:
-        width, count = len(state[first]), count_blocks(state, blocks)
-        network = kind(width, count)
-        network.load_state_dict(state)
-    except (KeyError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightError(f"{path}: does not fit {kind.__name__} ({reason})") from error
-    return network.eval()
-
-
-def count_blocks(keys: Iterable[str], prefix: str) -> int:
-    """Returns how many numbered modules there are under a prefix."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
-
-
-def save_file(content: dict, path: Path) -> None:
-    """Writes a file of tensors and plain values: the whole of it, on the disk, or none."""
-    # Given a path instead of a file, torch.save hides what kind of error the disk had.
-    with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-
-
-def load_file(path: Path) -> dict:
-    """Returns what a file of tensors and plain values holds, on the CPU; runs no code in it.
-
-    Raises:
-        WeightError: there is no such file, or it is damaged, or holds anything else.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file; train it first, or give another") from error
-    except OSError as error:
-        raise WeightError(f"{one_line(error)}; make it readable, or give another file") from error
-    except Exception as error:
-        raise WeightError(f"{path}: not a weight file, or a damaged one; give another") from error
-    if not isinstance(content, dict):
-        raise WeightError(f"{path}: holds no state dict; give another file")
-    return content

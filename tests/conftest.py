@@ -25,6 +25,10 @@ from models import EdgeGenerator, Generator, SRResNet
 from tiles import HR, LR, SCALE, TEST, TRAINING
 from weights import save_network
 
+# Whatever the processor: TEST_BF16=0 and TEST_BF16=1 have "auto" mean float32 and bfloat16.
+if bf16 := os.environ.get("TEST_BF16"):
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": bf16 == "1"}
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = Device(torch.device("cpu"))
 SIZE = 96  # LR pixels a side

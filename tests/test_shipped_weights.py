@@ -8,7 +8,7 @@ from conftest import CPU, REPOSITORY, photograph, shrunk
 from device import Device
 from inference import Enlarger, Windows
 from metrics import against_bicubic
-from models import load_network
+from weights import load_network
 
 
 @pytest.fixture(scope="module")

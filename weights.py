@@ -1,0 +1,146 @@
+"""Weight files: how they are written, and recognised by their keys, whoever wrote them."""
+
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import files
+from console import UserError, one_line
+from models import EdgeGenerator, Generator, SRResNet
+
+# Under which other programs, and our own states, keep a state dict; the best one first.
+WRAPPERS = ("generator", "params_ema", "ema", "params", "state_dict", "model_state_dict")
+WRAPPERS += ("model", "net", "parts")
+PREFIXES = r"^((module|_orig_mod|model|generator|net_g)\.)+"  # DataParallel, torch.compile, ...
+ANOTHER = "give another file"
+
+
+def save_network(network: nn.Module, path: Path) -> None:
+    """Writes a network's weights, those of more than one dimension in half precision.
+
+    They are contiguous and on the CPU, so that any program can read them.
+    """
+    state = {
+        key: to_half(value.cpu()).clone(memory_format=torch.contiguous_format)
+        for key, value in network.state_dict().items()
+    }
+    save_file({"network": type(network).__name__, "state_dict": state}, path)
+
+
+def to_half(value: Tensor) -> Tensor:
+    """Returns a tensor in half precision unless it is a vector, or too large for it."""
+    half = value.half() if value.ndim > 1 else value
+    return half if half.isfinite().all() else value
+
+
+def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
+    """Returns the network in a weight file, in float32 and evaluation mode.
+
+    Recognises by keys and shapes what `save_network`, Edge-Informed SISR and Edge.SRGAN write, and
+    bare state dicts.
+
+    Args:
+        kinds: the classes that will do; any generator by default.
+
+    Raises:
+        UserError: there is no such file, or it holds no such network.
+    """
+    return build_network(load_state(path), path, *kinds)
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Returns the state dict in a weight file, by its current keys.
+
+    Raises:
+        UserError: there is no such file, or it holds none, or a weight that is not finite.
+    """
+    state = unwrap(load_file(path, "train it first, or " + ANOTHER))
+    if not state:
+        raise UserError(f"{path}: holds no state dict; {ANOTHER}")
+    if damaged := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{path}: {damaged[0]} is not finite; give a file from before that")
+    return {current_key(key): value for key, value in state.items()}
+
+
+def unwrap(content: dict) -> dict[str, Tensor]:
+    """Returns the state dict somewhere in a file's content, keys without prefixes; else {}."""
+    while inner := [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]:
+        content = inner[0]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        return {}
+    return {re.sub(PREFIXES, "", key): value for key, value in content.items()}
+
+
+def current_key(key: str) -> str:
+    """Returns a weight's name here for its name in a file that Edge.SRGAN wrote."""
+    number = r"^residual_block(_edges)?(\d+)\."
+    return re.sub(number, lambda m: f"residual_blocks{m[1] or ''}.{int(m[2]) - 1}.", key)
+
+
+def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module]) -> nn.Module:
+    """Returns the network that a state dict of `load_state` is of; see `load_network`."""
+    if "encoder.1.weight_orig" in state:
+        kind, first, blocks = EdgeGenerator, "encoder.1.weight_orig", "middle."
+    elif "residual_blocks.0.conv1.weight" in state:
+        kind = Generator if "conv3.weight" in state else SRResNet
+        first, blocks = "conv1.weight", "residual_blocks."
+    else:
+        raise UserError(f"{path}: holds none of this repository's generators; {ANOTHER}")
+    if kinds and kind not in kinds:
+        wanted = " or ".join(each.__name__ for each in kinds)
+        raise UserError(f"{path}: holds {kind.__name__}, not {wanted}; {ANOTHER}")
+    try:
+        network = kind(len(state[first]), count_blocks(state, blocks))
+        network.load_state_dict(state)
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = one_line(error)[:200]
+        raise UserError(f"{path}: does not fit {kind.__name__} ({reason}); {ANOTHER}") from error
+    return network.eval()
+
+
+def count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """Returns how many numbered modules there are under a prefix."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
+
+
+def save_file(content: dict, path: Path) -> None:
+    """Writes a file of tensors and plain values: the whole of it, on the disk, or none."""
+    # Given a path instead of a file, torch.save hides what kind of error the disk had.
+    with files.replacing(path, durable=True) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+
+
+def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
+    """Returns what a file of tensors and plain values holds, on the CPU; runs no code in it.
+
+    Args:
+        if_missing: what to do where there is no such file.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; {if_missing}") from error
+    except OSError as error:
+        raise UserError(f"{one_line(error)}; make it readable, or {ANOTHER}") from error
+    except Exception as error:  # torch.load raises whatever a damaged file leads it into
+        raise UserError(f"{path}: {describe_foreign(path)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no state dict; {ANOTHER}")
+    return content
+
+
+def describe_foreign(path: Path) -> str:
+    """Returns what a file is that `torch.load` cannot read, and what to do."""
+    if path.suffix == ".safetensors":
+        convert = f"torch.save(safetensors.torch.load_file({path.name!r}), {path.stem + '.pth'!r})"
+        return f"a safetensors file; convert it: {convert}"
+    if zipfile.is_zipfile(path):
+        return "holds more than tensors; save the network's state_dict() alone"
+    return f"not a weight file, or a damaged one; {ANOTHER}"
