@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -14,25 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from console import UserError, warn
+import console
+from console import NotFiniteError, UserError
 
 WAIT_FOR_OTHERS = timedelta(days=1)  # processes that test have unequal shares
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+CGROUPS = [(Path("/sys/fs/cgroup"), "memory.max", "memory.current")]
+CGROUPS += [(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")]
+NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 
 
-class DeviceError(UserError):
-    """The device, or its memory, does not suit what was asked for."""
-
-    in_all_processes = False
-
-
-class NotFiniteError(DeviceError):
-    """A network's output is not a number, as after an overflow."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Returns whether an error of PyTorch says that the memory of a GPU, or the CPU's, is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the memory of a GPU, or the CPU's, is full."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,20 @@ class Device:
     rank: int = 0
     world: int = 1
     layout: torch.memory_format = torch.channels_last  # of images and of convolutions' weights
+
+    def describe(self) -> str:
+        """Returns what it is in words, such as "CPU, bfloat16, 2 threads"."""
+        kind = self.torch_device.type
+        name = torch.cuda.get_device_name(self.torch_device) if kind == "cuda" else kind.upper()
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' * (count > 1)}" if kind == "cpu" else ""
+        processes = f", {self.world} processes" if self.world > 1 else ""
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}{threads}{processes}"
+
+    def info(self, text: str) -> None:
+        """Prints a line, in the first process only."""
+        if self.rank == 0:
+            console.info(text)
 
     def autocast(self) -> torch.autocast:
         """Returns the context to run networks in."""
@@ -90,7 +101,7 @@ class Device:
             function: returns tensors and plain values, however nested.
 
         Raises:
-            UserError: the function raised one; the other processes end without a word.
+            UserError, OSError: of the function; the other processes exit silently.
         """
         if self.world == 1:
             return function(*arguments)
@@ -141,9 +152,10 @@ def open_device(
         training: whether gradients are needed, for which float16 is too coarse.
 
     Raises:
-        DeviceError: there is no such device here.
+        UserError: there is no such device here.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    several = all(name in os.environ for name in TORCHRUN)  # one alone is left from elsewhere
+    rank, world = (int(os.environ[each]) for each in TORCHRUN[:2]) if several else (0, 1)
     kind = choose_kind(name, quiet=rank > 0)
     if kind == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -172,19 +184,19 @@ def choose_kind(name: str, quiet: bool = False) -> str:
     """Returns "cuda", "mps" or "cpu": what was asked for or, for "auto", the best that works here.
 
     Raises:
-        DeviceError: what was asked for is not here.
+        UserError: what was asked for is not here.
     """
     if name == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("--device mps: PyTorch finds no Apple GPU; leave the option out")
+        raise UserError("--device mps: PyTorch finds no Apple GPU; leave the option out")
     if name in ("cpu", "mps"):
         return name
     obstacle = cuda_obstacle()
     if name == "cuda" and obstacle:
-        raise DeviceError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
+        raise UserError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
     if not obstacle:
         return "cuda"
     if torch.cuda.is_available() and not quiet:
-        warn(f"{obstacle}; using the CPU")
+        console.warn(f"{obstacle}; using the CPU")
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
@@ -216,17 +228,16 @@ def choose_precision(
     "auto" is bfloat16 where the processor computes in it; else float16 on a CUDA GPU that tests,
     and float32 everywhere else. Trainings in float16 become float32 ones, with a warning.
     """
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capabilities = torch.cpu.get_capabilities() if kind == "cpu" else {}
         has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     automatic = torch.bfloat16 if has_bf16 else torch.float16 if kind == "cuda" else torch.float32
-    dtype = named.get(precision, automatic)
+    dtype = NAMES.get(precision, automatic)
     if dtype == torch.float16 and training:
         if not quiet:
-            warn("Training in float32: float16 is too coarse for gradients")
+            console.warn("Training in float32: float16 is too coarse for gradients")
         return torch.float32
     return dtype
 
@@ -243,6 +254,19 @@ def threads_per_process() -> int:
 def processor_share() -> int:
     """Returns the processor cores there are for each process on this machine, at least one."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def free_memory() -> int:
+    """Returns the bytes of main memory that this process may take; 0 outside Linux."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+        for folder, limit, used in CGROUPS:  # a container's
+            with contextlib.suppress(OSError, ValueError):
+                most, taken = (int((folder / each).read_text()) for each in (limit, used))
+                free = min(free, most - taken)
+        return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0
 
 
 def keep_freed_memory() -> None:

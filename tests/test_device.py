@@ -4,9 +4,9 @@ from conftest import CPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import device
+from console import NotFiniteError, UserError
 from device import (
     Device,
-    DeviceError,
     choose_kind,
     choose_precision,
     open_device,
@@ -58,7 +58,7 @@ def test_cuda_is_used_where_this_pytorch_was_built_for_the_gpu(
     assert choose_kind("auto") == ("cuda" if works else "cpu")
     assert ("Some GPU" in capsys.readouterr().err) is not works
     if not works:
-        with pytest.raises(DeviceError, match="not built for Some GPU"):
+        with pytest.raises(UserError, match="not built for Some GPU"):
             choose_kind("cuda")
 
 
@@ -100,7 +100,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("cuda", "mps"):
-        with pytest.raises(DeviceError, match=f"--device {name}"):
+        with pytest.raises(UserError, match=f"--device {name}"):
             choose_kind(name)
     assert choose_kind("auto") == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -122,13 +122,38 @@ def test_precision_is_what_the_processor_computes_in(gpu, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_processes_share_the_cores(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, 4), ("1", 4), ("3", 3)], ids=["none", "torchrun's", "user's"]
+)
+def test_processes_share_the_cores(monkeypatch, given, expected):
     monkeypatch.setattr(device.os, "cpu_count", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's doing
-    assert threads_per_process() == 4
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert threads_per_process() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert threads_per_process() == expected
+
+
+def test_what_torchrun_left_in_the_environment_alone_means_nothing(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "2")
+    with open_device("cpu") as opened:
+        assert (opened.rank, opened.world) == (0, 1)
+
+
+def test_a_device_is_described_in_words(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert CPU.describe() == "CPU, float32, 2 threads"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    gpu = Device(torch.device("cuda", 1), torch.bfloat16, rank=1, world=2)
+    assert gpu.describe() == "NVIDIA H200, bfloat16, 2 processes"
+
+
+def test_warnings_of_the_device_come_from_the_first_process_only(gpu, capsys):
+    gpu((6, 1), ["sm_90"])
+    for quiet in (False, True):
+        choose_kind("auto", quiet)
+    assert capsys.readouterr().err.count("using the CPU") == 1
 
 
 def test_bytes_become_numbers_from_0_to_1():
@@ -160,7 +185,7 @@ def test_layout_on_a_cpu(precision, training, layout):
 
 
 def test_an_output_that_is_not_a_number_is_no_image():
-    with pytest.raises(DeviceError, match="--precision fp32"):
+    with pytest.raises(NotFiniteError, match="--precision fp32"):
         to_image(torch.full((1, 3, 2, 2), torch.nan))
 
 
@@ -187,7 +212,8 @@ def test_networks_and_losses_on_cuda(monkeypatch, dtype):
         state |= {f"{i}.bias": torch.rand(shape[0]) for i, shape in layers.items()}
         perceptual = PerceptualLoss(state)
         with gpu.autocast():
-            found = edges(lr, lr_edges)
+            logits = edges.logits(lr, lr_edges)
+            found = logits.sigmoid()
             sr, fast = generator(lr, found), trunk(lr)
             features = generator.trunk(lr)
             score, seen = patch(hr, found)
@@ -201,7 +227,7 @@ def test_networks_and_losses_on_cuda(monkeypatch, dtype):
             assert each.dtype == torch.float32 and each.is_cuda
         assert seen[0].dtype == dtype
         terms = generator_terms(sr, hr, distance, answer)
-        total = sum(terms.values()) + edge_cross_entropy(found, hr_edges)
+        total = sum(terms.values()) + edge_cross_entropy(logits, hr_edges)
         total = total + feature_matching(seen, expected) + hinge_generator(score.float())
         total = total + discriminator_loss(answer, answer, torch.rand(2, 2))
         total = total + squared_error(fast, hr) + hinge_discriminator(score.float(), score.float())
