@@ -9,16 +9,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from console import one_line
+import weights
+from console import UserError, one_line
 from metrics import original_ssim
-from models import WeightError, load_file
-
-
-def cross_entropy(probability: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Returns binary cross-entropy, NaN where PyTorch's own would end the process."""
-    loss = F.binary_cross_entropy(probability.nan_to_num(0.5), label, weight)
-    return loss + 0 * probability.mean()  # NaN again if there was one
-
 
 # Edge generator: Edge-Informed SISR, section 3.1 ----------------------------------------------
 
@@ -26,14 +19,15 @@ EDGE_WEIGHT = 4  # of an edge pixel in the cross-entropy: edges are few
 FEATURE_MATCHING_WEIGHT = 10
 
 
-def edge_cross_entropy(edges: Tensor, hr_edges: Tensor) -> Tensor:
+def edge_cross_entropy(logits: Tensor, hr_edges: Tensor) -> Tensor:
     """Returns binary cross-entropy; missing an edge weighs `EDGE_WEIGHT` times inventing one.
 
     Args:
-        edges: predicted, (N, 1, H, W) in [0, 1].
+        logits: of the predicted edges, (N, 1, H, W).
         hr_edges: ground truth, (N, 1, H, W) in {0, 1}.
     """
-    return cross_entropy(edges, hr_edges, weight=1 + (EDGE_WEIGHT - 1) * hr_edges)
+    weight = logits.new_tensor(EDGE_WEIGHT)
+    return F.binary_cross_entropy_with_logits(logits, hr_edges, pos_weight=weight)
 
 
 def hinge_generator(score: Tensor) -> Tensor:
@@ -58,6 +52,8 @@ PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
 # Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
 TEXTURE_L1_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 10, 0.1
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
+
+real_or_fake = F.binary_cross_entropy_with_logits
 
 
 def squared_error(sr: Tensor, hr: Tensor) -> Tensor:
@@ -107,9 +103,6 @@ def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
     above, below = more_real - less_real.mean(), less_real - more_real.mean()
     on_real, on_fake = torch.ones_like(above), torch.zeros_like(below)
     return (real_or_fake(above, on_real) + real_or_fake(below, on_fake)) / 2
-
-
-real_or_fake = F.binary_cross_entropy_with_logits
 
 
 def discriminator_loss(on_hr: Tensor, on_sr: Tensor, softness: Tensor) -> Tensor:
@@ -174,34 +167,32 @@ def vgg_features() -> nn.Sequential:
         return torchvision.models.vgg19().features[:12]
 
 
-def vgg_state(weights: Path | None) -> dict[str, Tensor]:
+def vgg_state(path: Path | None) -> dict[str, Tensor]:
     """Returns the weights of VGG19's first five convolutions, by their names in `features`.
 
     Args:
-        weights: a file that holds them, named as torchvision names them; None has torchvision
-            download its own.
+        path: a file that holds them, named as torchvision names them; None has torchvision take
+            its own from the folder TORCH_HOME, where it downloads them to.
 
     Raises:
-        WeightError: the weights cannot be had.
+        UserError: the weights cannot be had.
     """
-    if weights is None:
+    if path is None:
         published = torchvision.models.VGG19_Weights.IMAGENET1K_V1
         try:
             state = published.get_state_dict(check_hash=True, weights_only=True)
         except (OSError, RuntimeError, UnpicklingError) as error:
-            cache = Path(torch.hub.get_dir()) / "checkpoints"
-            raise WeightError(
-                f"{published.url}: cannot be downloaded ({one_line(error)}); give the file with"
-                f" --vgg, or remove a damaged one in {cache}"
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            raise UserError(
+                f"{published.url}: cannot be downloaded ({one_line(error)}); download it"
+                f" elsewhere, then give the file with --vgg or put it in {folder}"
             ) from error
     else:
-        state = load_file(weights)
+        state = weights.load_file(path, "give torchvision's vgg19 file, or leave --vgg out")
     wanted = vgg_features().state_dict()
     found = {key: state.get(f"features.{key}") for key in wanted}
     for key, value in found.items():
         fits = isinstance(value, Tensor) and value.shape == wanted[key].shape
         if not (fits and value.isfinite().all()):
-            raise WeightError(
-                f"{weights}: lacks VGG19's features.{key}; give torchvision's vgg19 file"
-            )
+            raise UserError(f"{path}: lacks VGG19's features.{key}; give torchvision's vgg19 file")
     return found

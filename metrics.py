@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from console import say
+import console
+import images
 from device import Device, to_tensor
-from images import bicubic
 from tiles import SCALE
 
 STRIP = 256  # rows at a time, so that memory does not grow with the image
@@ -161,7 +161,7 @@ def against_bicubic(lr: np.ndarray, hr: np.ndarray, sr: np.ndarray, device: Devi
     Args:
         lr, hr, sr: `(H, W, 3)`, `(4H, 4W, 3)`, `(4H, 4W, 3)`, uint8, RGB.
     """
-    baseline = compare(bicubic(lr, SCALE), hr, device)
+    baseline = compare(images.bicubic(lr, SCALE), hr, device)
     return compare(sr, hr, device) | {f"{key} bicubic": value for key, value in baseline.items()}
 
 
@@ -174,7 +174,7 @@ def print_table(rows: list[tuple[str, Metrics]]) -> None:
     """Prints titles and metrics, a row each, above a bar if there is one."""
     columns = list(rows[0][1])
     width = max(len(title) for title, _ in rows)
-    say(" ".join([" " * width, *(f"{key:>{max(9, len(key))}}" for key in columns)]))
+    console.info(" ".join([" " * width, *(f"{key:>{max(9, len(key))}}" for key in columns)]))
     for title, row in rows:
         cells = (f"{row[key]:{max(9, len(key))}.4f}" for key in columns)
-        say(" ".join([f"{title:{width}}", *cells]))
+        console.info(" ".join([f"{title:{width}}", *cells]))

@@ -1,9 +1,10 @@
-"""The six trainings, a class each.
+"""The training stages, one class each.
 
 A stage owns its networks and knows its losses; `training.fit` steps, logs and saves them. Edge
 generator: `EdgePreModel` on pixels, then `EdgeModel` against its discriminator (Edge-Informed
 SISR, section 3.1). HR generator: `SRResNetModel` without edges, `EdgeStageModel` to bring the edges
 in, `PreModel` the whole, `SRModel` with all losses and the discriminator (SRGAN; Edge.SRGAN).
+`SRGANModel` trains the SRResNet for texture (ESRGAN).
 """
 
 import contextlib
@@ -19,32 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import images
+import losses
+import metrics
+import weights
 from device import Device
-from images import bicubic, canny, repeat
 from inference import Enlarger, for_inference
-from losses import (
-    PerceptualLoss,
-    discriminator_loss,
-    edge_cross_entropy,
-    feature_matching,
-    generator_terms,
-    hinge_discriminator,
-    hinge_generator,
-    relativistic,
-    squared_error,
-    texture_terms,
-    vgg_state,
-)
-from metrics import Metrics, compare, compare_edges, precision_recall
-from models import (
-    Discriminator,
-    EdgeDiscriminator,
-    EdgeGenerator,
-    Generator,
-    SRResNet,
-    build_network,
-    load_state,
-)
+from metrics import Metrics
+from models import Discriminator, EdgeDiscriminator, EdgeGenerator, Generator, SRResNet
 from tiles import SCALE
 
 Batch = dict[str, Tensor]
@@ -71,24 +54,25 @@ class Recipe:
     batch_size: int = 8  # crops per batch in each process
     accumulate: int = 1  # batches per step
     learning_rate: float = 1e-4  # of Adam, at its peak
-    trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'; 0 freezes it
+    trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     schedule: Callable[[int, "Recipe"], float] = halving
-    live_norms: float = 0.85  # share of the steps before the generator's batch norms are frozen
+    live_norms: float = 0.85  # fraction of the steps before the generator's batch norms are frozen
     color: bool = False  # vary colours, besides flips and quarter turns
     jpeg: float = 0.0  # probability that an LR crop passes through JPEG
     edges: tuple[str, ...] = ("lr", "hr")  # Canny edges the losses need
-    true_edges: float = 0.0  # share of each batch given ground-truth edges, not predicted ones
+    true_edges: float = 0.0  # fraction of each batch given ground-truth edges, not predicted ones
 
 
 class Stage:
-    """A training: its networks, `gen` and perhaps `dis`, in training mode on the device."""
+    """What one stage trains: its networks, `gen` and perhaps `dis`, on the device."""
 
     recipe: Recipe
     name: ClassVar[str]  # of the files
     starts_from: ClassVar[str] = ""  # stage whose weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
-    best_by: ClassVar[str]  # the validation metric to maximise
+    best_by: ClassVar[str]  # validation metric by which weights are the best
+    sign: ClassVar[int] = 1  # of that metric; -1: the lower, the better
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         """Makes the networks, from the weights they start from.
@@ -97,14 +81,14 @@ class Stage:
             options: `init`, `ckpts` and `vgg` of the command line.
 
         Raises:
-            WeightError: a file to start from is missing or does not fit.
+            UserError: a file to start from is missing or does not fit.
         """
         self.recipe, self.device = recipe, device
         self.networks: dict[str, nn.Module] = {}
 
     def load(self, path: Path, *kinds: type[nn.Module]) -> nn.Module:
         """Returns the network in a weight file, which the first process reads for all."""
-        return build_network(self.device.from_first(load_state, path), path, *kinds)
+        return weights.build_network(self.device.from_first(weights.load_state, path), path, *kinds)
 
     def start(self, options: Namespace, *kinds: type[nn.Module]) -> nn.Module:
         """Returns the generator that training starts from, a new one where there is none."""
@@ -125,7 +109,8 @@ class Stage:
 
     def parameter_groups(self, key: str) -> list[dict]:
         """Returns a network's groups for Adam, each with its `factor` of the learning rate."""
-        return [{"params": list(self.networks[key].parameters()), "factor": 1.0}]
+        trained = [each for each in self.networks[key].parameters() if each.requires_grad]
+        return [{"params": trained, "factor": 1.0}]
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """Returns the weighted terms of each network's loss, and scalars to log.
@@ -144,8 +129,14 @@ class Stage:
         raise NotImplementedError
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        """Returns the metrics to beat: those of bicubic interpolation."""
-        return compare(bicubic(lr, SCALE), hr, self.device)
+        """Returns the metrics to beat: those of the LR image, or its edges, enlarged plainly."""
+        raise NotImplementedError
+
+    def better(self, found: Metrics, than: Metrics) -> bool:
+        """Returns whether weights of some metrics are better than others; {} is the worst."""
+        worst = -math.inf * self.sign
+        a, b = (self.sign * each.get(self.best_by, worst) for each in (found, than))
+        return a > b
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         """Returns what a generator makes of a batch: by title, columns of images in [0, 1]."""
@@ -160,6 +151,19 @@ def weight_path(options: Namespace, name: str) -> Path:
 def nearest(lr: Tensor) -> Tensor:
     """Returns LR images or edges at HR size, each pixel a block."""
     return F.interpolate(lr, scale_factor=SCALE, mode="nearest")
+
+
+def judge(
+    discriminator: nn.Module, real: Tensor, made: Tensor, *condition: Tensor
+) -> tuple[object, object, object]:
+    """Returns what a discriminator says of real images, and of generated ones twice.
+
+    The second answer is for its own loss, and the third for the generator's: through the one no
+    gradient reaches the generator, through the other none reaches the discriminator's weights.
+    """
+    on_real, on_detached = (discriminator(*condition, each) for each in (real, made.detach()))
+    with frozen(discriminator):
+        return on_real, on_detached, discriminator(*condition, made)
 
 
 @contextlib.contextmanager
@@ -191,33 +195,34 @@ class EdgePreModel(Stage):
         super().__init__(recipe, options, device)
         self.generator = self.add("gen", self.start(options, EdgeGenerator))
 
-    def predict(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Returns HR edges (N, 1, 4H, 4W) in [0, 1]."""
+    def logits(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Returns the logits of HR edges, (N, 1, 4H, 4W), float32."""
         with self.device.autocast():
-            return network(batch["lr"], batch["lr_edges"])
+            return network.logits(batch["lr"], batch["lr_edges"])
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        edges = self.predict(self.generator, batch)
-        terms = {"cross-entropy": edge_cross_entropy(edges, batch["hr_edges"])}
-        return {"gen": terms}, self.scalars(edges, batch)
+        logits = self.logits(self.generator, batch)
+        terms = {"cross-entropy": losses.edge_cross_entropy(logits, batch["hr_edges"])}
+        return {"gen": terms}, self.scalars(logits.sigmoid(), batch)
 
     def scalars(self, edges: Tensor, batch: Batch) -> Metrics:
         """Returns precision and recall of a batch, exact to the pixel."""
-        precision, recall = precision_recall(edges, batch["hr_edges"])
+        precision, recall = metrics.precision_recall(edges, batch["hr_edges"])
         return {"edges/precision": precision, "edges/recall": recall}
 
     def enlarger(self, network: nn.Module) -> Enlarger:
         return Enlarger(None, network, self.device)
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return compare_edges(enlarger.predict_edges(lr), canny(hr), self.device)
+        return metrics.compare_edges(enlarger.predict_edges(lr), images.canny(hr), self.device)
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        """Returns the metrics to beat: those of the LR image's own edges, enlarged."""
-        return compare_edges(repeat(canny(lr), SCALE), canny(hr), self.device)
+        enlarged = images.repeat(images.canny(lr), SCALE)
+        return metrics.compare_edges(enlarged, images.canny(hr), self.device)
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
-        columns = [nearest(batch["lr_edges"]), self.predict(network, batch), batch["hr_edges"]]
+        predicted = self.logits(network, batch).sigmoid()
+        columns = [nearest(batch["lr_edges"]), predicted, batch["hr_edges"]]
         return {"edges of LR, predicted, of HR": columns}
 
 
@@ -234,18 +239,15 @@ class EdgeModel(EdgePreModel):
         self.discriminator = self.add("dis", EdgeDiscriminator(width))
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        hr, hr_edges = batch["hr"], batch["hr_edges"]
-        edges = self.predict(self.generator, batch)
+        edges = self.logits(self.generator, batch).sigmoid()
         with self.device.autocast():
-            on_hr, hr_features = self.discriminator(hr, hr_edges)
-            on_detached, _ = self.discriminator(hr, edges.detach())
-            with frozen(self.discriminator):
-                on_predicted, features = self.discriminator(hr, edges)
+            answers = judge(self.discriminator, batch["hr_edges"], edges, batch["hr"])
+        (on_hr, hr_features), (on_detached, _), (on_predicted, features) = answers
         generator = {
-            "adversarial": hinge_generator(on_predicted.float()),
-            "feature matching": feature_matching(features, hr_features),
+            "adversarial": losses.hinge_generator(on_predicted.float()),
+            "feature matching": losses.feature_matching(features, hr_features),
         }
-        hinge = hinge_discriminator(on_hr.float(), on_detached.float())
+        hinge = losses.hinge_discriminator(on_hr.float(), on_detached.float())
         return {"gen": generator, "dis": {"hinge": hinge}}, self.scalars(edges, batch) | {
             "discriminator/hr": on_hr.float().mean(),
             "discriminator/sr": on_detached.float().mean(),
@@ -255,8 +257,37 @@ class EdgeModel(EdgePreModel):
 # The HR generator -----------------------------------------------------------------------------
 
 
-class SRResNetModel(Stage):
-    """The HR generator without edges, which is the SRResNet of Ledig et al., on squared error."""
+class ImageStage(Stage):
+    """A stage of the HR generator, on squared error unless it says otherwise."""
+
+    generator: nn.Module
+    best_by = "SSIM"
+
+    def generate(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
+        with self.device.autocast():
+            return network(batch["lr"])
+
+    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+        sr = self.generate(self.generator, batch)
+        return {"gen": {"mse": losses.squared_error(sr, batch["hr"])}}, {}
+
+    def enlarger(self, network: nn.Module) -> Enlarger:
+        return Enlarger(network, None, self.device)
+
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return metrics.compare(enlarger(lr), hr, self.device)
+
+    def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return metrics.compare(images.bicubic(lr, SCALE), hr, self.device)
+
+    def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        columns = [nearest(batch["lr"]), self.generate(network, batch), batch["hr"]]
+        return {"LR, generated, HR": columns}
+
+
+class SRResNetModel(ImageStage):
+    """The HR generator without edges, which is the SRResNet of Ledig et al."""
 
     name = "SRResNet"
     recipe = Recipe(
@@ -269,27 +300,10 @@ class SRResNetModel(Stage):
         jpeg=0.5,
         edges=(),
     )
-    best_by = "SSIM"
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
         self.generator = self.add("gen", self.start(options, SRResNet))
-
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        with self.device.autocast():
-            sr = self.generator(batch["lr"])
-        return {"gen": {"mse": squared_error(sr, batch["hr"])}}, {}
-
-    def enlarger(self, network: nn.Module) -> Enlarger:
-        return Enlarger(network, None, self.device)
-
-    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return compare(enlarger(lr), hr, self.device)
-
-    def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
-        with self.device.autocast():
-            sr = network(batch["lr"])
-        return {"LR, generated, HR": [nearest(batch["lr"]), sr, batch["hr"]]}
 
 
 class SRGANModel(SRResNetModel):
@@ -307,29 +321,87 @@ class SRGANModel(SRResNetModel):
         jpeg=0.5,
         edges=(),
     )
+    best_by, sign = "VGG19 distance", -1  # SSIM would choose what is smooth
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
         self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
-        state = device.from_first(vgg_state, options.vgg)
-        self.perceptual = device.place(PerceptualLoss(state, F.l1_loss, smooth=True))
+        state = device.from_first(losses.vgg_state, options.vgg)
+        self.perceptual = device.place(losses.PerceptualLoss(state, F.l1_loss, smooth=True))
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
         with self.device.autocast():
-            sr = self.generator(batch["lr"])
-            on_hr, on_detached = self.discriminator(hr), self.discriminator(sr.detach())
-            with frozen(self.discriminator):
-                on_sr = self.discriminator(sr)
+            sr = self.generate(self.generator, batch)
+            on_hr, on_detached, on_sr = judge(self.discriminator, hr, sr)
             perceptual = self.perceptual(sr, hr)
-        terms = texture_terms(sr, hr, perceptual, on_sr, on_hr.detach())
-        return {"gen": terms, "dis": {"relativistic": relativistic(on_hr, on_detached)}}, {
+        terms = losses.texture_terms(sr, hr, perceptual, on_sr, on_hr.detach())
+        relativistic = losses.relativistic(on_hr, on_detached)
+        return {"gen": terms, "dis": {"relativistic": relativistic}}, {
             "discriminator/hr": on_hr.mean(),
             "discriminator/sr": on_detached.mean(),
         }
 
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return self.compare(enlarger(lr), hr)
 
-class PreModel(Stage):
+    def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return self.compare(images.bicubic(lr, SCALE), hr)
+
+    @torch.no_grad()
+    def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
+        """Returns the metrics of an image, and how far its features are from ground truth's."""
+        hr = hr[: sr.shape[0], : sr.shape[1]]
+        distance = metrics.by_strips(self.perceptual, sr, hr, self.device)
+        return metrics.compare(sr, hr, self.device) | {self.best_by: distance}
+
+
+class EdgeStageModel(ImageStage):
+    """The edge stage alone, on ground-truth edges, after the trained trunk, which is frozen."""
+
+    name = "EdgeStageModel"
+    starts_from = "SRResNet"
+    recipe = Recipe(
+        steps=2_000,
+        crops=(24, 24),
+        learning_rate=5e-4,
+        betas=(0.9, 0.99),
+        schedule=cosine,
+        edges=("hr",),
+    )
+
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
+        network = self.start(options, SRResNet, Generator)
+        if not isinstance(network, Generator):
+            network = Generator.from_trunk(network)
+        self.generator = self.add("gen", network)
+        for module in trunk(self.generator):
+            module.requires_grad_(False).eval()
+
+    def generate(self, network: nn.Module, batch: Batch) -> Tensor:
+        with self.device.autocast():
+            return network(batch["lr"], batch["hr_edges"])
+
+    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
+        return compare_with_true_edges(enlarger, lr, hr, self.device)
+
+
+def trunk(generator: Generator) -> list[nn.Module]:
+    """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
+    edge_stage = [*generator.edge_stage, generator.prelu]
+    return [module for module in generator.children() if module not in edge_stage]
+
+
+def compare_with_true_edges(
+    enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray, device: Device
+) -> Metrics:
+    """Returns the metrics of the image that is made with the ground truth's edges."""
+    height, width = (SCALE * side for side in lr.shape[:2])
+    return metrics.compare(enlarger(lr, images.canny(hr[:height, :width])), hr, device)
+
+
+class PreModel(ImageStage):
     """The whole HR generator on squared error, half of every batch with ground-truth edges.
 
     Given crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
@@ -348,97 +420,57 @@ class PreModel(Stage):
         jpeg=0.5,
         true_edges=0.5,
     )
-    best_by = "SSIM"
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
         self.generator = self.add("gen", self.start(options, Generator))
-        if self.recipe.trunk_rate == 0:
-            for module in self.trunk():
-                module.requires_grad_(False).eval()
         self.edge_generator = self.load(weight_path(options, "EdgeModel"), EdgeGenerator)
         self.edge_predictor = for_inference(self.edge_generator, device)
-
-    def trunk(self) -> list[nn.Module]:
-        """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
-        stages = [*self.generator.edge_stage, self.generator.prelu]
-        return [module for module in self.generator.children() if module not in stages]
 
     def parameter_groups(self, key: str) -> list[dict]:
         if key != "gen" or self.recipe.trunk_rate == 1:
             return super().parameter_groups(key)
-        trunk = [p for module in self.trunk() for p in module.parameters()]
-        known = {id(p) for p in trunk}
+        slower = [p for module in trunk(self.generator) for p in module.parameters()]
+        known = set(map(id, slower))
         rest = [p for p in self.generator.parameters() if id(p) not in known]
-        groups = [{"params": rest, "factor": 1.0}]
-        if self.recipe.trunk_rate:
-            groups.append({"params": trunk, "factor": self.recipe.trunk_rate})
-        return groups
+        return [
+            {"params": rest, "factor": 1.0},
+            {"params": slower, "factor": self.recipe.trunk_rate},
+        ]
 
     @torch.no_grad()
+    def predict(self, lr: Tensor, lr_edges: Tensor) -> Tensor:
+        """Returns HR edges (N, 1, 4H, 4W) in [0, 1], float32."""
+        with self.device.autocast():
+            return self.edge_predictor(lr, lr_edges)
+
     def hr_edges(self, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
         count = round(self.recipe.true_edges * len(batch["lr"]))
-        known = batch["hr_edges"][:count]
-        if count == len(batch["lr"]):
-            return known
-        with self.device.autocast():
-            predicted = self.edge_predictor(batch["lr"][count:], batch["lr_edges"][count:])
-        return torch.cat([known, predicted])
+        predicted = self.predict(batch["lr"][count:], batch["lr_edges"][count:])
+        return torch.cat([batch["hr_edges"][:count], predicted])
 
-    def generate(self, network: nn.Module, batch: Batch, hr_edges: Tensor) -> Tensor:
-        """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
+    def generate(self, network: nn.Module, batch: Batch) -> Tensor:
         with self.device.autocast():
-            return network(batch["lr"], hr_edges)
-
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        sr = self.generate(self.generator, batch, self.hr_edges(batch))
-        return {"gen": {"mse": squared_error(sr, batch["hr"])}}, {}
+            return network(batch["lr"], self.hr_edges(batch))
 
     def enlarger(self, network: nn.Module) -> Enlarger:
         return Enlarger(network, self.edge_generator, self.device)
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        height, width = (SCALE * side for side in lr.shape[:2])
-        with_true = compare(enlarger(lr, canny(hr[:height, :width])), hr, self.device)
-        if self.recipe.true_edges == 1:
-            return with_true
-        metrics = compare(enlarger(lr), hr, self.device)
-        return metrics | {f"{key} true edges": with_true[key] for key in ("PSNR", "SSIM")}
+        found = metrics.compare(enlarger(lr), hr, self.device)
+        with_true = compare_with_true_edges(enlarger, lr, hr, self.device)
+        return found | {f"{key} true edges": with_true[key] for key in ("PSNR", "SSIM")}
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
+        edges = self.predict(batch["lr"], batch["lr_edges"])
         with self.device.autocast():
-            edges = self.edge_predictor(batch["lr"], batch["lr_edges"])
-        given = batch["hr_edges"] if self.recipe.true_edges == 1 else edges
-        sr = self.generate(network, batch, given)
+            sr = network(batch["lr"], edges)
+        columns = [nearest(batch["lr_edges"]), edges, batch["hr_edges"]]
         return {
             "LR, generated, HR": [nearest(batch["lr"]), sr, batch["hr"]],
-            "edges of LR, predicted, of HR": [
-                nearest(batch["lr_edges"]),
-                edges,
-                batch["hr_edges"],
-            ],
+            "edges of LR, predicted, of HR": columns,
         }
-
-
-class EdgeStageModel(PreModel):
-    """Before `PreModel`: the edge stage alone, on ground-truth edges, the trained trunk frozen."""
-
-    name = "EdgeStageModel"
-    starts_from = "SRResNet"
-    recipe = Recipe(
-        steps=2_000,
-        crops=(24, 24),
-        learning_rate=5e-4,
-        trunk_rate=0.0,
-        betas=(0.9, 0.99),
-        schedule=cosine,
-        true_edges=1.0,
-    )
-
-    def start(self, options: Namespace, *kinds: type[nn.Module]) -> Generator:
-        network = super().start(options, SRResNet, *kinds)
-        return network if isinstance(network, Generator) else Generator.from_trunk(network)
 
 
 class SRModel(PreModel):
@@ -459,20 +491,19 @@ class SRModel(PreModel):
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
         self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
-        self.perceptual = device.place(PerceptualLoss(device.from_first(vgg_state, options.vgg)))
+        state = device.from_first(losses.vgg_state, options.vgg)
+        self.perceptual = device.place(losses.PerceptualLoss(state))
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
-        sr = self.generate(self.generator, batch, self.hr_edges(batch))
+        sr = self.generate(self.generator, batch)
         with self.device.autocast():
-            on_hr, on_detached = self.discriminator(hr), self.discriminator(sr.detach())
-            with frozen(self.discriminator):
-                on_sr = self.discriminator(sr)
+            on_hr, on_detached, on_sr = judge(self.discriminator, hr, sr)
             perceptual = self.perceptual(sr, hr)
-        terms = generator_terms(sr, hr, perceptual, on_sr)
-        cross_entropy = discriminator_loss(on_hr, on_detached, batch["softness"])
+        terms = losses.generator_terms(sr, hr, perceptual, on_sr)
+        cross_entropy = losses.discriminator_loss(on_hr, on_detached, batch["softness"])
         return {"gen": terms, "dis": {"cross-entropy": cross_entropy}}, {
-            "SSIM": 1 - terms["ssim"],
+            "training SSIM": 1 - terms["ssim"],
             "discriminator/hr": on_hr.mean(),
             "discriminator/sr": on_detached.mean(),
         }
