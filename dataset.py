@@ -4,7 +4,11 @@ All randomness follows from (seed, batch number), so that training can go on aft
 another number of processes with as large a batch in all, with the very crops it would have seen.
 """
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,29 +19,22 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as transforms
 
-from console import progress
-from device import to_tensor
-from images import CANNY_REACH, ImageError, canny, image_size, read_image
-from tiles import (
-    HR,
-    LR,
-    SCALE,
-    SLICE_AGAIN,
-    TILES,
-    TRAINING,
-    Area,
-    check_pair,
-    find_images,
-    find_tiles,
-    grow,
-    scaled,
-    within,
-)
+import console
+import device
+import files
+import images
+import tiles
+from console import ImageError, UserError
+from pipeline import Stamp
+from tiles import HR, LR, SCALE, TRAINING
 
 JPEG_QUALITIES = 60, 100
+SLICE = "run `python slice_images_w_overlapping.py`"
+
+Pairs = dict[str, tuple[Path, Path]]  # LR and HR image by id
 
 
-def split(root: Path, held_out: int) -> tuple[list[str], dict[str, tuple[Path, Path]]]:
+def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     """Divides the training set by images, never by tiles.
 
     Args:
@@ -45,27 +42,42 @@ def split(root: Path, held_out: int) -> tuple[list[str], dict[str, tuple[Path, P
         held_out: images to keep from training; at most a quarter of them all.
 
     Returns:
-        The ids of the images to train on, and {id: (LR, HR)} of those to validate with, evenly
-        spread over the sorted ids.
+        The images to train on, and those to validate with, evenly spread over the sorted ids.
 
     Raises:
         ImageError: an image has no tiles, or not all, or not of the image as it is now.
     """
-    lr, _ = find_images(root / TRAINING / LR)
-    hr, _ = find_images(root / TRAINING / HR)
-    lr_tiles = find_tiles(root / TRAINING / LR / TILES)
-    whole = [name for name in sorted(lr_tiles) if name in lr and name in hr]
-    if whole and (without := sorted((lr.keys() | hr.keys()) - set(whole))):
-        path = (lr | hr)[without[0]]
-        others = f", as {len(without) - 1} others" if without[1:] else ""
-        raise ImageError(f"{path}: not sliced, or without a partner{others}; {SLICE_AGAIN}")
-    hr_tiles = find_tiles(root / TRAINING / HR / TILES)
-    for name in progress(whole, "Checking tiles", unit="image", leave=False):
-        check_pair(name, lr[name], hr[name], lr_tiles[name], hr_tiles.get(name, {}))
-    count = min(held_out, len(whole) // 4)
-    chosen = {whole[i * len(whole) // count] for i in range(count)}
-    training = [name for name in whole if name not in chosen]
-    return training, {name: (lr[name], hr[name]) for name in sorted(chosen)}
+    (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
+    lr_tiles, hr_tiles = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))
+    if not (lr_tiles and lr and hr):
+        raise ImageError(f"{tile_folder(root, LR)}: no tiles; {SLICE}")
+    for name in sorted(lr.keys() | hr.keys()):
+        whole = name in lr_tiles and lr_tiles[name].keys() == hr_tiles.get(name, {}).keys()
+        if not (whole and name in lr and name in hr):
+            path = lr.get(name) or hr[name]
+            raise ImageError(f"{path}: not sliced, or without a partner; {SLICE} again")
+    pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
+    firsts = {name: [min(found[name].items())[1] for found in (lr_tiles, hr_tiles)] for name in lr}
+    jobs = [job for name in pairs for job in zip(pairs[name], firsts[name], strict=True)]
+    with ThreadPoolExecutor(device.processor_share()) as pool:
+        checks = pool.map(check_tile, *zip(*jobs, strict=True))
+        list(console.progress(checks, "Checking tiles", len(jobs), leave=False, unit="tile"))
+    names, count = list(pairs), min(held_out, len(pairs) // 4)
+    chosen = {names[i * len(names) // count] for i in range(count)}
+    training = {name: pair for name, pair in pairs.items() if name not in chosen}
+    return training, {name: pair for name, pair in pairs.items() if name in chosen}
+
+
+def tile_folder(root: Path, size: str) -> Path:
+    """Returns the folder of the training tiles of a size, `LR` or `HR`."""
+    return root / TRAINING / size / tiles.TILES
+
+
+def check_tile(image: Path, tile: Path) -> None:
+    """Raises ImageError if a tile's stamp says that it was cut from another image."""
+    stamp = Stamp.read(tile)
+    if stamp and stamp.source != files.digest(image):
+        raise ImageError(f"{tile}: not cut from {image.name} as it is now; {SLICE} again")
 
 
 class CropRequest(NamedTuple):
@@ -129,60 +141,74 @@ class PairedTiles(Dataset):
 
     An item is a dict of uint8 tensors: `lr` (3, s, s) and `hr` (3, 4s, 4s) in [0, 255] and, where
     asked for, `lr_edges` (1, s, s) and `hr_edges` (1, 4s, 4s) in {0, 255}; and of `softness` (2,),
-    uniform random numbers in [0, 1) for the soft labels.
+    uniform random numbers in [0, 1) for the soft labels. Where a tile cannot be used the item is
+    the error, which so leaves a loading process without its traceback.
 
     Args:
         root: folder of `TrainingSet/`, sliced.
-        names: ids of the images whose tiles to use.
+        names: ids of the images whose tiles to use; those smaller than the crops are left out.
         largest: the largest crop that will be drawn, LR pixels a side.
         color: vary brightness, contrast, saturation and hue, besides flips and quarter turns.
         jpeg: probability that the LR crop passes through JPEG, at a quality of 60 to 100.
         edges: which Canny edges to compute: any of "lr", "hr".
 
+    Attributes:
+        names: ids of the images that are used.
+        small: ids of those that are left out.
+
     Raises:
-        ImageError: there are no tiles, or they are smaller than the crops.
+        UserError: all are smaller than the crops.
     """
 
     def __init__(
         self,
         root: Path,
-        names: list[str],
+        names: Iterable[str],
         largest: int,
         color: bool = False,
         jpeg: float = 0,
         edges: tuple[str, ...] = (),
     ) -> None:
         self.color, self.jpeg, self.edges = color, jpeg, edges
-        lr_folder, hr_folder = (root / TRAINING / size / TILES for size in (LR, HR))
-        lr, hr = find_tiles(lr_folder), find_tiles(hr_folder)
-        self.pairs = [
-            (lr[name][at], hr[name][at])
-            for name in names
-            for at in sorted(lr.get(name, {}).keys() & hr.get(name, {}).keys())
-        ]
-        if not self.pairs:
-            raise ImageError(f"{lr_folder}: no tiles; run `python slice_images_w_overlapping.py`")
-        for name in names:
-            first = lr[name].get((1, 1))  # the smallest of an image's tiles
-            if first and min(image_size(first)) < largest:
-                height, width = image_size(first)
-                raise ImageError(
-                    f"{first}: {width}x{height} pixels are too few for crops of"
-                    f" {largest}x{largest}; slice these images with fewer --tiles"
-                )
+        lr, hr = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))
+        # the first tile of an image is its smallest, by a pixel at most
+        shapes = {name: images.image_size(lr[name][min(lr[name])]) for name in names}
+        self.names = [name for name, shape in shapes.items() if min(shape) >= largest]
+        self.small = [name for name, shape in shapes.items() if min(shape) < largest]
+        if not self.names:
+            side = max(map(min, shapes.values()))
+            fewer = " or slice with fewer --tiles" if max(map(len, lr.values())) > 1 else ""
+            raise UserError(
+                f"{tile_folder(root, LR)}: all tiles are smaller than crops of {largest} pixels a"
+                f" side, the largest has {side}; give a smaller --crop{fewer}"
+            )
+        places = [(name, at) for name in self.names for at in sorted(lr[name])]
+        self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
+        largest_tiles = [tuple(side + 1 for side in shapes[name]) for name, _ in places]
+        self.decoded = Decoded.of(largest_tiles, "hr" in edges)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, request: CropRequest) -> dict[str, Tensor]:
+    def __getstate__(self) -> dict:
+        """Returns what a process gets that is not a fork; it decodes tiles by itself."""
+        return self.__dict__ | {"decoded": None}
+
+    def __getitem__(self, request: CropRequest) -> dict[str, Tensor] | Exception:
+        try:
+            return self.crop(request)
+        except (UserError, OSError, MemoryError) as error:
+            return error
+
+    def crop(self, request: CropRequest) -> dict[str, Tensor]:
+        """Returns the item for a request.
+
+        Raises:
+            ImageError: the tile cannot be used.
+        """
         rng = np.random.default_rng((*request.seed, 2))
-        lr, hr = map(read_image, self.pairs[request.tile])
+        lr, hr, *hr_edges = self.load(request.tile)
         height, width, _ = lr.shape
-        if hr.shape[:2] != (SCALE * height, SCALE * width):
-            raise ImageError(
-                f"{self.pairs[request.tile][1]}: not {SCALE} times its LR tile's size;"
-                " run `python slice_images_w_overlapping.py` again"
-            )
         top = int(rng.integers(height - request.size + 1))
         left = int(rng.integers(width - request.size + 1))
         changes = draw_colors(rng) if self.color else []
@@ -192,18 +218,82 @@ class PairedTiles(Dataset):
         compressed = rng.random() < self.jpeg
 
         area = slice(top, top + request.size), slice(left, left + request.size)
-        item = crop_pair(lr, hr, area, self.edges, changes, quality if compressed else None)
+        quality = quality if compressed else None
+        item = crop_pair(lr, hr, area, self.edges, changes, quality, *hr_edges)
         item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
         return item | {"softness": softness}
+
+    def load(self, number: int) -> list[np.ndarray]:
+        """Returns LR tile, HR tile and, if memory holds them, the HR tile's edges."""
+        if self.decoded and (kept := self.decoded.get(number)):
+            return kept
+        lr, hr = found = [images.read_image(path) for path in self.pairs[number]]
+        if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
+            hr_path = self.pairs[number][1]
+            raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {SLICE} again")
+        if self.decoded:
+            found += [images.canny(hr)] if self.decoded.edges else []
+            self.decoded.put(number, found)
+        return found
+
+
+class Decoded:
+    """Decoded tiles, each kept when it is first used, in memory that forked processes share.
+
+    Args:
+        largest: height and width that each LR tile has at most.
+        edges: keep the HR tiles' edges too.
+    """
+
+    def __init__(self, largest: list[tuple[int, ...]], edges: bool) -> None:
+        self.edges = edges
+        sizes = [sum(map(prod, self.shapes_of(*shape))) for shape in largest]
+        self.starts = list(accumulate(sizes, initial=0))
+        self.memory = np.frombuffer(mmap.mmap(-1, self.starts[-1]), np.uint8)
+        self.shapes = np.frombuffer(mmap.mmap(-1, 8 * len(sizes)), np.int32).reshape(-1, 2)
+
+    @classmethod
+    def of(cls, largest: list[tuple[int, ...]], edges: bool) -> "Decoded | None":
+        """Returns the memory for tiles if half of what is free holds them all."""
+        pixels = sum(map(prod, largest))
+        size = pixels * (3 + SCALE**2 * (4 if edges else 3))
+        return cls(largest, edges) if size < device.free_memory() / 2 else None
+
+    def shapes_of(self, height: int, width: int) -> list[tuple[int, ...]]:
+        """Returns the shapes of what is kept of one tile."""
+        hr = SCALE * height, SCALE * width
+        return [(height, width, 3), (*hr, 3)] + [hr] * self.edges
+
+    def get(self, number: int) -> list[np.ndarray]:
+        """Returns LR tile, HR tile and perhaps the latter's edges; nothing if not kept yet."""
+        return self._views(number, *self.shapes[number]) if self.shapes[number, 0] else []
+
+    def put(self, number: int, arrays: list[np.ndarray]) -> None:
+        """Keeps what `get` is to return, unless it is larger than was said."""
+        height, width, _ = arrays[0].shape
+        room = self.starts[number + 1] - self.starts[number]
+        if sum(array.size for array in arrays) <= room:
+            for kept, array in zip(self._views(number, height, width), arrays, strict=True):
+                kept[:] = array
+            self.shapes[number, 1] = width
+            self.shapes[number, 0] = height  # from now on `get` finds them
+
+    def _views(self, number: int, height: int, width: int) -> list[np.ndarray]:
+        start, views = self.starts[number], []
+        for shape in self.shapes_of(int(height), int(width)):
+            views.append(self.memory[start : start + prod(shape)].reshape(shape))
+            start += prod(shape)
+        return views
 
 
 def crop_pair(
     lr: np.ndarray,
     hr: np.ndarray,
-    area: Area,
+    area: tiles.Area,
     edges: tuple[str, ...],
-    changes: list[tuple] = (),
+    changes: Sequence[tuple] = (),
     quality: int | None = None,
+    hr_edges: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """Returns the crops of an LR and an HR image at one place, as an item of `PairedTiles`.
 
@@ -214,19 +304,25 @@ def crop_pair(
         area: of the LR image.
         changes: of `draw_colors`, the same for LR and HR.
         quality: of the JPEG that the LR crop passes through; None for none.
+        hr_edges: of the whole HR image, `(4H, 4W)` uint8, if they are known.
     """
-    outer = grow(area, CANNY_REACH, lr.shape)
-    inner, item = within(area, outer), {}
+    item = {}
     for kind, image, scale in (("lr", lr, 1), ("hr", hr, SCALE)):
-        crop = to_tensor(image[scaled(outer, scale)])[0]
+        known = kind == "hr" and not changes and (hr_edges is not None or "hr" not in edges)
+        outer = area if known else tiles.grow(area, images.CANNY_REACH, lr.shape)
+        inner = tiles.scaled(tiles.within(area, outer), scale)
+        crop = device.to_tensor(image[tiles.scaled(outer, scale)])[0]
         for change, amount in changes:
             crop = change(crop, amount)
         if kind == "lr" and quality is not None:
             crop = through_jpeg(crop, quality)
-        item[kind] = crop[:, *scaled(inner, scale)]
+        item[kind] = crop[:, *inner]
         if kind in edges:
-            found = canny(crop.permute(1, 2, 0).numpy())
-            item[f"{kind}_edges"] = torch.from_numpy(found)[None, *scaled(inner, scale)]
+            if known:
+                found = hr_edges[tiles.scaled(outer, scale)]
+            else:
+                found = images.canny(crop.permute(1, 2, 0).numpy())
+            item[f"{kind}_edges"] = torch.from_numpy(found)[None, *inner]
     return item
 
 

@@ -1,23 +1,28 @@
+import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from conftest import photograph, save, shrunk
+from torch.utils.data import DataLoader
 
+import device
+import images
 import slice_images_w_overlapping
+from console import ImageError, UserError
 from dataset import CropRequest, CropSampler, PairedTiles, crop_pair, draw_colors, split
-from images import ImageError, canny, read_image
-from tiles import HR, LR, TEST, TRAINING, whole
+from images import canny, read_image
+from tiles import HR, LR, TEST, TILES, TRAINING, full_area
 
 
 def test_whole_images_are_held_out(sliced):
     names, held_out = split(sliced, 4)
     assert len(held_out) == 1 and len(names) == 3  # a quarter of four at most
     assert not set(names) & set(held_out)
-    for name, (lr, hr) in held_out.items():
+    for name, (lr, hr) in (names | held_out).items():
         assert lr.name == f"image_600px_{name}.png" and hr.name == f"image_2400px_{name}.png"
-    assert split(sliced, 0) == (sorted([*names, *held_out]), {})
+    assert split(sliced, 0) == (dict(sorted((names | held_out).items())), {})
 
 
 def test_crops_of_lr_and_hr_show_the_same_place(sliced):
@@ -101,27 +106,99 @@ def test_processes_share_a_batch():
     assert [a + b for a, b in zip(*shares, strict=True)] == batches
 
 
-def test_crops_larger_than_the_tiles_are_refused(sliced):
-    with pytest.raises(ImageError, match=r"0000_01_01\.png.*--tiles"):
-        PairedTiles(sliced, ["0000"], 64)
+def make_root(root, *sides, tiles=1):
+    """A root of sliced training images `0.png`, `1.png`, ... of so many HR pixels a side."""
+    for number, side in enumerate(sides):
+        save(root / TRAINING / HR, f"{number}.png", photograph(number, side))
+    (root / TEST).mkdir()
+    slice_images_w_overlapping.main(["--root", str(root), "--tiles", str(tiles)])
+    return root
+
+
+def test_images_smaller_than_the_crops_are_left_out(tmp_path):
+    root = make_root(tmp_path, 160, 96, 160)
+    dataset = PairedTiles(root, split(root, 0)[0], 36)
+    assert dataset.names == ["0", "2"] and dataset.small == ["1"] and len(dataset) == 2
+
+
+@pytest.mark.parametrize(("tiles", "fewer"), [(1, False), (2, True)])
+def test_remedies_for_crops_larger_than_all_tiles_help(tmp_path, tiles, fewer):
+    root = make_root(tmp_path, 96, 64, tiles=tiles)
+    with pytest.raises(UserError, match="--crop") as error:
+        PairedTiles(root, split(root, 0)[0], 64)
+    assert ("--tiles" in str(error.value)) is fewer
 
 
 def test_missing_tiles_are_refused(tmp_path):
     with pytest.raises(ImageError, match="slice_images_w_overlapping"):
-        PairedTiles(tmp_path, [], 24)
+        split(tmp_path, 4)
 
 
-def test_images_without_tiles_or_partner_are_named_not_passed_over(tmp_path):
-    for number in range(2):
-        save(tmp_path / TRAINING / HR, f"{number}.png", photograph(number)[:64, :64])
-    (tmp_path / TEST).mkdir()
-    slice_images_w_overlapping.main(["--root", str(tmp_path), "--tiles", "1"])
-    assert split(tmp_path, 0)[0] == ["0", "1"]
+def test_images_that_are_not_wholly_sliced_are_named_not_passed_over(tmp_path):
+    make_root(tmp_path, 64, 64)
     for size in (HR, LR):
         save(tmp_path / TRAINING / size, "2.png", photograph(2)[:64, :64])
         with pytest.raises(ImageError, match=rf"{size}.2\.png: .*slice_images_w_overlapping"):
             split(tmp_path, 0)
         (tmp_path / TRAINING / size / "2.png").unlink()
+    (tmp_path / TRAINING / HR / TILES / "1_01_01.png").unlink()
+    with pytest.raises(ImageError, match=r"1\.png: .*slice_images_w_overlapping"):
+        split(tmp_path, 0)
+
+
+@pytest.mark.parametrize("size", [LR, HR])
+def test_tiles_of_another_image_than_the_present_one_are_refused(tmp_path, size):
+    image = make_root(tmp_path, 64, 64) / TRAINING / size / "1.png"
+    save(image.parent, image.name, read_image(image)[::-1])
+    with pytest.raises(ImageError, match=r"1_01_01\.png.*slice_images_w_overlapping"):
+        split(tmp_path, 0)
+
+
+def test_tiles_of_other_programs_need_no_stamp(tmp_path):
+    tile = make_root(tmp_path, 64, 64) / TRAINING / LR / TILES / "1_01_01.png"
+    save(tile.parent, tile.name, read_image(tile))
+    assert list(split(tmp_path, 0)[0]) == ["0", "1"]
+
+
+def test_damaged_tiles_come_as_errors_to_be_raised_elsewhere(tmp_path):
+    root = make_root(tmp_path, 64, 64)
+    dataset = PairedTiles(root, ["0", "1"], 16)
+    (root / TRAINING / HR / TILES / "1_01_01.png").write_bytes(b"no image")
+    item = dataset[CropRequest(1, 16, (0, 0))]
+    assert isinstance(item, ImageError) and "1_01_01.png" in str(item)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tiles_in_memory_change_no_crop(sliced, monkeypatch, workers):
+    names, edges = split(sliced, 0)[0], ("lr", "hr")
+    kept = PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges)
+    monkeypatch.setattr(device, "free_memory", lambda: 0)
+    plain = PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges)
+    assert kept.decoded and not plain.decoded
+    draws = list(islice(CropSampler(len(kept), 4, (24, 24), 0), 12))  # three times each tile
+    context = "fork" if workers else None
+    loader = DataLoader(
+        kept, batch_sampler=draws, num_workers=workers, multiprocessing_context=context
+    )
+    differing = []
+    for batch, requests in zip(loader, draws, strict=True):
+        for i, request in enumerate(requests):
+            for key, value in plain[request].items():
+                if key == "hr_edges":  # of the whole tile here, of the crop and a margin there
+                    differing.append((batch[key][i] != value).float().mean())
+                else:
+                    assert torch.equal(batch[key][i], value)
+    assert np.mean(differing) < 0.002 and max(differing) < 0.03
+    monkeypatch.setattr(images, "read_image", None)
+    assert all(len(kept.load(i)) == 3 for i in range(len(kept)))  # whichever process read them
+
+
+def test_processes_that_are_no_forks_decode_by_themselves(sliced):
+    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, edges=("hr",))
+    copy = pickle.loads(pickle.dumps(dataset))
+    request = CropRequest(1, 24, (0, 3))
+    assert dataset.decoded and not copy.decoded
+    assert torch.equal(copy[request]["hr"], dataset[request]["hr"])
 
 
 def test_non_square_grids_pair_rows_with_rows(tmp_path):
@@ -158,7 +235,7 @@ def test_half_of_the_lr_crops_pass_through_jpeg_and_canny_sees_them(sliced):
 def test_lr_edges_are_those_of_the_jpeg_that_the_network_sees():
     hr = photograph(0, 96)
     lr = shrunk(hr)
-    item = crop_pair(lr, hr, whole(lr.shape), ("lr", "hr"), quality=60)
+    item = crop_pair(lr, hr, full_area(lr.shape), ("lr", "hr"), quality=60)
     seen = item["lr"].permute(1, 2, 0).numpy()
     assert (item["hr"].permute(1, 2, 0).numpy() == hr).all()
     assert (seen != lr).any() and (item["lr_edges"][0].numpy() == canny(seen)).all()
