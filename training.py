@@ -2,83 +2,70 @@
 
 import contextlib
 import copy
-import filecmp
 import math
 import os
-import shutil
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from console import UserError, progress, say
-from dataset import CropSampler, PairedTiles, crop_pair, split
-from device import Device, DeviceError, NotFiniteError, is_out_of_memory
-from images import ImageError, check_writable, read_image, replacing
-from metrics import Metrics, mean_of
-from models import WeightError, digest, load_file, save_file, save_network
+import checkpoints
+import console
+import files
+import images
+import metrics
+import weights
+from checkpoints import Progress
+from console import ImageError, NotFiniteError, UserError
+from dataset import CropSampler, PairedTiles, Pairs, crop_pair, split
+from device import Device, is_out_of_memory
+from metrics import Metrics
 from stages import Batch, Recipe, Stage, weight_path
 
 EMA_DECAY = 0.999  # per step
 LOG_EVERY = 20  # steps
-GRID_EVERY = 100  # batches
 CHECKPOINT_SECONDS = 600  # at the latest, where steps take long
 SAMPLE_SIDE, SAMPLES = 48, 4  # LR pixels of the held-out crops to watch, and how many
-
-
-class DivergedError(UserError):
-    """A loss, or a weight, is no longer finite."""
-
-
-@dataclass
-class Progress:
-    """How far a training has come."""
-
-    step: int = 0
-    validated: int = -1  # the step of the last validation
-    best: float = -math.inf  # the stage's metric at its best
-    run: int = 1  # number of the folder of its curves
+NAMED = 5  # of the images that are left out
+STOPPING = b"\nStopping after this step or validation; once more to stop at once\n"
 
 
 def fit(  # noqa: PLR0912, PLR0915
-    stage_class: type[Stage], options: Namespace, device: Device, following: tuple[str, ...] = ()
+    stage_class: type[Stage], options: Namespace, device: Device
 ) -> None:
-    """Trains a stage to its recipe's last step, or until interrupted.
+    """Trains a stage to its recipe's last step, or until interrupted; publishes the best weights.
 
-    Writes to `options.ckpts`: `{name}_gen.pth` and `{name}_gen_best.pth`, the averaged weights as
-    they are and as they validated best, and `{name}.state.pth`, to resume from.
-
-    Args:
-        following: names of the stages that start from this one's weights. Where it has steps to
-            go, their files are set aside: they would pass for its continuation otherwise.
+    Writes to a folder of its own, `{options.runs}/{name}/{number}`: `state.pth`, to resume from,
+    the averaged weights as they are, `latest.pth`, and as they validated best, `best.pth`, and
+    curves. See `publish` for what becomes of `{options.ckpts}/{name}_gen.pth`.
 
     Raises:
         UserError: something is missing or damaged, the loss is not finite, or what is resumed
             differs from what is asked.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, when all is saved.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when all is saved.
     """
     # Data
-    files = Files(options.ckpts, stage_class.name)
-    ids, held_out = split(options.root, options.held_out)
+    training, held_out = split(options.root, options.held_out)
     recipe = choose_recipe(stage_class.recipe, options)
     dataset = PairedTiles(
-        options.root, ids, recipe.crops[1], recipe.color, recipe.jpeg, recipe.edges
+        options.root, training, recipe.crops[1], recipe.color, recipe.jpeg, recipe.edges
     )
+    crops_per_step = recipe.batch_size * recipe.accumulate * device.world
     if options.epochs:
-        crops_per_step = recipe.batch_size * recipe.accumulate * device.world
         recipe = replace(recipe, steps=math.ceil(options.epochs * len(dataset) / crops_per_step))
     for folder in (options.ckpts, options.runs):
-        device.from_first(check_writable, folder)
+        device.from_first(files.check_writable, folder)
 
     # Networks, their optimisers, the generator's moving average
     torch.manual_seed(options.seed)
@@ -91,104 +78,148 @@ def fit(  # noqa: PLR0912, PLR0915
     }
     parts = {**networks, "ema": ema, **{f"{key} adam": each for key, each in optimizers.items()}}
 
-    # Resume, or start afresh
-    settings = describe(recipe, options, device, ids, list(held_out), len(dataset))
-    settings |= device.from_first(digests, [weight_path(options, name) for name in stage.needs])
-    arguments = options.resume, settings, options.accept_changes, following
-    state = device.from_first(files.begin, *arguments)
+    # Resume, or start from scratch in a new folder
+    settings = describe(recipe, options, device, dataset, list(held_out))
+    needed = [weight_path(options, name) for name in stage.needs]
+    settings |= device.from_first(digests, needed)
+    found = device.from_first(checkpoints.begin, stage, options, settings)
+    folder, state, settings = Path(found["folder"]), found["state"], found["settings"]
     done = Progress(**state["progress"]) if state else Progress()
     if state:
-        restore(parts, state, files.state)
+        checkpoints.restore(parts, state, folder / "state.pth")
         for key, optimizer in optimizers.items():  # the state brought its own settings back
             groups = zip(optimizer.param_groups, stage.parameter_groups(key), strict=True)
             for group, given in groups:
                 group |= {"factor": given["factor"], "betas": recipe.betas}
     elif device.world > 1:  # give every process the first one's weights
-        restore(parts, device.from_first(lambda: {"parts": states(parts)}), files.state)
+        checkpoints.restore(
+            parts, device.from_first(lambda: {"parts": checkpoints.states(parts)}), folder
+        )
 
     def save() -> None:
-        if not is_finite(states(parts)):
-            raise diverged(files, done.step)
-        content = {"progress": asdict(done), "settings": settings, "parts": states(parts)}
-        device.from_first(save_network, ema, files.gen)
-        device.from_first(save_file, content, files.state)
+        current = checkpoints.states(parts)
+        if not checkpoints.is_finite(current):
+            diverged()
+        content = {"progress": asdict(done), "settings": settings, "parts": current}
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.save_network(ema, folder / "latest.pth")
+        weights.save_file(content, folder / "state.pth")
+
+    def save_best() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.save_network(ema, folder / "best.pth")
+
+    def diverged() -> None:
+        path = folder / "state.pth"
+        kept = f"{path} holds the last good weights" if path.exists() else "nothing was saved"
+        raise NotFiniteError(
+            f"{stage.name}: not finite at step {done.step} or the {LOG_EVERY} before; {kept}; start"
+            " again with a lower --learning-rate"
+        )
+
+    # What is to be trained, and what to compare it with
+    batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
+    samples = held_out_crops(held_out or training, recipe, device)
+    if dataset.small:
+        some = [training[name][0].name for name in dataset.small[:NAMED]]
+        device.info(
+            f"Left out {len(dataset.small)} of {len(training)} images whose tiles are smaller than"
+            f" {recipe.crops[1]} pixels: {', '.join(some)}{', ...' * (len(dataset.small) > NAMED)}"
+        )
+    fewer = f" (a quarter, not {options.held_out})" * (len(held_out) < options.held_out)
+    device.info(
+        f"{stage.name}: {device.describe()}; {len(dataset.names)} images as {len(dataset)} tiles;"
+        f" {len(held_out)} held out{fewer}; {recipe.steps} steps of {crops_per_step} crops"
+    )
+    target = weight_path(options, stage.name)
+    before = validate_published(stage, target, folder / "best.pth", done, held_out, device)
+    reference = measure(held_out, device, stage.reference)
 
     # Train
-    batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
-    samples = held_out_crops(held_out, recipe, device)
     one_shape = recipe.crops[0] == recipe.crops[1]
-    saved = time.monotonic()
-    log = Log(stage.name, options.runs, recipe.steps, done, device)
-    with with_remedies(), interruptible(notice=device.rank == 0) as interrupted, log:
-        log.text("settings", settings)
-        while True:
-            # Validate and save
-            due = done.step * recipe.accumulate % options.checkpoint_every < recipe.accumulate
-            last = done.step >= recipe.steps
-            if (due or last) and done.validated < done.step:
-                try:
-                    metrics = validate(stage, ema, held_out, device, log)
-                except NotFiniteError as error:
-                    raise diverged(files, done.step) from error
-                except ImageError:
+    saved, watched = time.monotonic(), torch.zeros((), device=device.torch_device)
+    together = False  # whether all processes end for one reason
+    log = Log(stage.name, folder, recipe.steps, done, device)
+    with interruptible(notice=device.rank == 0) as interrupted, log:
+        try:
+            log.settings(settings)
+            while True:
+                # Save, validate
+                due = done.step * recipe.accumulate % options.checkpoint_every < recipe.accumulate
+                last = done.step >= recipe.steps
+                if (due or last) and done.validated < done.step:
                     if done.step:
-                        save()
-                    raise
-                if metrics:
-                    if metrics[stage.best_by] > done.best:
-                        done.best = metrics[stage.best_by]
-                        device.from_first(save_network, ema, files.best)
-                    log.scalar("validation/best so far", done.best)
-                done.validated = done.step
-                if done.step:
-                    save()
+                        device.from_first(save)  # before anything else can fail
+                    try:
+                        now = validate(stage, ema, held_out, device)
+                    except NotFiniteError:
+                        device.from_first(diverged)
+                    if stage.better(now, done.best):
+                        done.best, done.best_step = now, done.step
+                        device.from_first(save_best)
+                    log.validation(now, reference, done.best.get(stage.best_by))
+                    log.samples(stage, ema, samples)
+                    done.validated = done.step
+                    if done.step:
+                        device.from_first(save)
                     saved = time.monotonic()
-            if last:
-                return
+                if last:
+                    break
 
-            # Fetch all of a step's batches: a damaged tile then stops between two steps
-            problem, step_batches = "", []
-            try:
-                step_batches = [next(batches) for _ in range(recipe.accumulate)]
-            except ImageError as error:
-                problem = str(error)
-            if device.any_process(bool(problem or interrupted)):
-                save()
-                message = f"{stage.name} saved at step {done.step}; go on with --resume"
-                if problem := max(device.gather([problem])):
-                    raise ImageError(f"{problem}. {message}")
-                raise KeyboardInterrupt(message)
+                # Fetch all of a step's batches: a damaged tile then stops between two steps
+                problems, step_batches = [], []
+                try:
+                    step_batches = [next(batches) for _ in range(recipe.accumulate)]
+                except UserError as error:
+                    problems = [error]
+                if together := device.any_process(bool(problems or interrupted)):
+                    raise next(iter(device.gather(problems)), KeyboardInterrupt())
 
-            # Step
-            if done.step >= recipe.live_norms * recipe.steps:
-                stage.freeze_norms()
-            device.tune_kernels(one_shape)  # validation has set it otherwise
-            rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
-            for loaded in step_batches:
-                batch = {key: device.send(value) for key, value in loaded.items()}
-                losses, scalars = stage.losses(batch)
-                totals = {key: sum(terms.values()) for key, terms in losses.items()}
-                for total in totals.values():
-                    (total / recipe.accumulate).backward()
-                log.count(losses, totals, scalars, len(batch["lr"]))
-            device.average_gradients(networks.values())
-            for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["factor"]
-                optimizer.step()
-                optimizer.zero_grad()
-            update_ema(ema, networks["gen"], done.step)
-            done.step += 1
+                # Step
+                if done.step >= recipe.live_norms * recipe.steps:
+                    stage.freeze_norms()
+                device.tune_kernels(one_shape)  # validation has set it otherwise
+                rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
+                for loaded in step_batches:
+                    batch = {key: device.send(value) for key, value in loaded.items()}
+                    losses, scalars = stage.losses(batch)
+                    totals = {key: sum(terms.values()) for key, terms in losses.items()}
+                    for total in totals.values():
+                        (total / recipe.accumulate).backward()
+                        watched += total.detach()
+                    log.count(losses, totals, scalars, len(batch["lr"]))
+                device.average_gradients(networks.values())
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * group["factor"]
+                    optimizer.step()
+                    optimizer.zero_grad()
+                update_ema(ema, networks["gen"], done.step)
+                done.step += 1
 
-            # Log
-            if done.step % LOG_EVERY == 0 and not log.means(rate):
-                raise diverged(files, done.step)
-            if done.step * recipe.accumulate % GRID_EVERY < recipe.accumulate:
-                log.samples(stage, ema, samples or batch)
-            log.bar.update()
-            if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
-                save()
-                saved = time.monotonic()
+                # Log
+                log.bar.update()
+                if done.step % LOG_EVERY == 0:
+                    if device.any_process(not math.isfinite(watched)):
+                        device.from_first(diverged)
+                    watched.zero_()
+                    log.flush(rate)
+                if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
+                    device.from_first(save)
+                    saved = time.monotonic()
+        except NotFiniteError:  # the state of before is the one to keep
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if device.rank == 0 and done.step:
+                checkpoints.save_anyway(save, stage.name, done.step)
+            if device.rank == 0 and isinstance(error, KeyboardInterrupt):
+                checkpoints.publish(stage, folder, target, done, before, reference, complete=False)
+            if together:
+                device.any_process(False)  # wait until the first process has saved
+            if is_out_of_memory(error):
+                raise MemoryError("Memory is full; give a smaller --batch-size") from error
+            raise
+    device.from_first(checkpoints.publish, stage, folder, target, done, before, reference)
 
 
 # Recipe ---------------------------------------------------------------------------------------
@@ -207,159 +238,25 @@ def choose_recipe(recipe: Recipe, options: Namespace) -> Recipe:
 
 
 def describe(
-    recipe: Recipe,
-    options: Namespace,
-    device: Device,
-    ids: list[str],
-    held_out: list[str],
-    tiles: int,
+    recipe: Recipe, options: Namespace, device: Device, dataset: PairedTiles, held_out: list[str]
 ) -> dict:
     """Returns the settings that a resumed training must share with the interrupted one."""
     values = asdict(recipe)
     values["schedule"] = recipe.schedule.__name__
     values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
-    return values | {
-        "precision": str(device.dtype),
+    return {key.replace("_", " "): value for key, value in values.items()} | {
+        "precision": str(device.dtype).removeprefix("torch."),
         "seed": options.seed,
-        "held out": held_out,
-        "training images": ids,
-        "tiles": tiles,
+        "held-out images": held_out,
+        "training images": dataset.names,
+        "tiles": len(dataset),
     }
 
 
-def digests(paths: list[Path]) -> dict[str, str]:
-    """Returns the digests of weight files by name, short enough for a message."""
-    return {path.name: digest(path)[:12] for path in paths}
-
-
-# Files ----------------------------------------------------------------------------------------
-
-
-class Files:
-    """The files of a training, named after its stage."""
-
-    def __init__(self, ckpts: Path, name: str) -> None:
-        self.ckpts, self.name = ckpts, name
-        self.gen = ckpts / f"{name}_gen.pth"
-        self.best = ckpts / f"{name}_gen_best.pth"
-        self.state = ckpts / f"{name}.state.pth"
-
-    def begin(
-        self, resume: bool, settings: dict, accept_changes: bool, following: tuple[str, ...]
-    ) -> dict | None:
-        """Returns the state to resume from; without one, sets earlier files aside.
-
-        Args:
-            settings: of `describe`.
-            accept_changes: resume even if the state's settings are others.
-            following: stages whose files are set aside too if this one has steps to go.
-
-        Raises:
-            UserError: the state is of another training than the one asked for.
-        """
-        if not resume or not self.state.exists():
-            if resume:
-                say(f"{self.state} is not there: {self.name} starts anew")
-            self.set_aside(self.name, *following)
-            return None
-        state = load_file(self.state)
-        if not all(isinstance(state.get(key), dict) for key in ("settings", "progress", "parts")):
-            raise WeightError(
-                f"{self.state}: written by an earlier version; leave --resume out, and give"
-                f" --init {self.gen} to start from its weights"
-            )
-        changes = differences(state["settings"], settings)
-        step, steps = state["progress"]["step"], settings["steps"]
-        if step > steps:
-            raise UserError(f"{self.state}: is at step {step} already; give --steps above {steps}")
-        if new_steps := changes.pop("steps", None):
-            say(f"{self.name} resumes at step {step} with {new_steps}")
-        if changes and not accept_changes:
-            raise UserError(
-                f"{self.state}: was trained otherwise: {'; '.join(changes.values())};"
-                " give what it was given, or --accept-changes to go on all the same"
-            )
-        if changes:
-            state["progress"] |= {"best": -math.inf, "validated": -1}  # like with like only
-        if step < steps:
-            self.set_aside(*following)
-        return state
-
-    def set_aside(self, *names: str) -> None:
-        """Keeps what earlier trainings of stages left, before new ones write there."""
-        for files in (Files(self.ckpts, name) for name in names):
-            paths = [path for path in (files.state, files.gen, files.best) if path.exists()]
-            number = 1
-            while any(previous(path, number).exists() for path in paths):
-                number += 1
-            for path in paths:
-                kept = previous(path, number)
-                copies = path.parent.glob(f"{path.stem}.*.pth")
-                if path != files.gen:
-                    path.replace(kept)
-                elif any(filecmp.cmp(path, copy, shallow=False) for copy in copies):
-                    continue
-                else:
-                    with replacing(kept) as temporary:  # it serves until the new one is there
-                        shutil.copy2(path, temporary)
-                say(f"Kept {path.name} of an earlier training as {kept.name}")
-
-
-def previous(path: Path, number: int) -> Path:
-    """Returns where a file of an earlier training is kept."""
-    return path.with_name(f"{path.stem}.{number}.previous.pth")
-
-
-def differences(before: dict, after: dict) -> dict[str, str]:
-    """Returns a phrase for every value that differs."""
-    phrases = {}
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if old != new and isinstance(new, list) and len(new) > 4:
-            count = len(set(map(str, new)) ^ set(map(str, old or [])))
-            phrases[key] = f"{key}: {count} of them differ"
-        elif old != new:
-            phrases[key] = f"{key} {old} -> {new}"
-    return phrases
-
-
-def states(parts: dict) -> dict:
-    """Returns the state dicts of networks and optimisers."""
-    return {key: part.state_dict() for key, part in parts.items()}
-
-
-def restore(parts: dict, state: dict, path: Path) -> None:
-    """Loads networks and optimisers from a state.
-
-    Raises:
-        WeightError: it is of other networks, or not finite.
-    """
-    try:
-        for key, part in parts.items():
-            part.load_state_dict(state["parts"][key])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightError(f"{path}: does not fit this training ({reason})") from error
-    if not is_finite(states(parts)):
-        raise WeightError(f"{path}: holds weights that are not finite; leave --resume out")
-
-
-def is_finite(state: object) -> bool:
-    """Returns whether all tensors are finite that a state holds, however nested."""
-    if isinstance(state, Tensor):
-        return bool(state.isfinite().all())
-    values = state.values() if isinstance(state, dict) else state
-    return not isinstance(state, dict | list) or all(map(is_finite, values))
-
-
-def diverged(files: Files, step: int) -> DivergedError:
-    """Returns the error for a training that is no longer finite."""
-    kept = f"{files.state} and {files.gen} hold" if files.state.exists() else "nothing holds"
-    return DivergedError(
-        f"{files.name}: not finite at step {step} or the {LOG_EVERY} before; {kept} the last good"
-        " weights; start again with a lower --learning-rate"
-    )
+def digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Returns the digests of weight files by name."""
+    return {path.name: files.digest(path) for path in paths}
 
 
 # Data -----------------------------------------------------------------------------------------
@@ -371,7 +268,7 @@ def load_batches(
     """Yields batches without end, from number `first` on, loaded by processes of their own.
 
     Raises:
-        ImageError: a tile cannot be used.
+        UserError: a tile cannot be used, or the processes cannot work.
     """
     sampler = CropSampler(
         len(dataset),
@@ -382,17 +279,33 @@ def load_batches(
         rank=device.rank,
         world=device.world,
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=options.workers,
-        pin_memory=device.torch_device.type == "cuda",
-        worker_init_fn=prepare_worker,
-    )
     try:
-        yield from loader
-    except ImageError as error:  # without the worker's traceback
-        raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from None
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=options.workers,
+            collate_fn=collate,
+            pin_memory=device.torch_device.type == "cuda",
+            worker_init_fn=prepare_worker,
+            multiprocessing_context="fork" if options.workers and dataset.decoded else None,
+        )
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except (RuntimeError, OSError) as error:
+        if not options.workers:
+            raise
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise UserError(
+            f"The processes that load data failed ({reason}); give --workers 0"
+        ) from error
+
+
+def collate(items: list[dict | Exception]) -> Batch | Exception:
+    """Returns a batch of items of `PairedTiles`, or the first error among them."""
+    errors = [item for item in items if isinstance(item, Exception)]
+    return errors[0] if errors else default_collate(items)
 
 
 def prepare_worker(_: int) -> None:
@@ -403,13 +316,11 @@ def prepare_worker(_: int) -> None:
         os.setpgrp()
 
 
-def held_out_crops(
-    held_out: dict[str, tuple[Path, Path]], recipe: Recipe, device: Device
-) -> Batch | None:
-    """Returns the middles of some held-out images as a batch, on the device, to watch."""
+def held_out_crops(pairs: Pairs, recipe: Recipe, device: Device) -> Batch | None:
+    """Returns the middles of some images as a batch on the device, to watch."""
     items = []
-    for paths in list(held_out.values())[:SAMPLES]:
-        lr, hr = map(read_image, paths)
+    for paths in list(pairs.values())[:SAMPLES]:
+        lr, hr = map(images.read_image, paths)
         if min(lr.shape[:2]) >= SAMPLE_SIDE:
             starts = [(side - SAMPLE_SIDE) // 2 for side in lr.shape[:2]]
             area = tuple(slice(start, start + SAMPLE_SIDE) for start in starts)
@@ -442,40 +353,61 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
     get_ema_multi_avg_fn(decay)(all_kept, all_present, None)  # in a few kernels
 
 
-def validate(
-    stage: Stage,
-    ema: nn.Module,
-    held_out: dict[str, tuple[Path, Path]],
-    device: Device,
-    log: "Log",
-) -> Metrics | None:
-    """Returns and logs the mean metrics of the held-out images, which the processes share out.
+# Validation -----------------------------------------------------------------------------------
+
+
+def validate(stage: Stage, network: nn.Module, held_out: Pairs, device: Device) -> Metrics:
+    """Returns a generator's mean metrics of the held-out images, {} without any."""
+    enlarger = stage.enlarger(network)
+    return measure(held_out, device, lambda lr, hr: stage.validate(enlarger, lr, hr))
+
+
+def validate_published(
+    stage: Stage, target: Path, best: Path, done: Progress, held_out: Pairs, device: Device
+) -> Metrics:
+    """Returns the metrics of the weights that a training is about to replace, {} without any.
+
+    Args:
+        target: file of those weights.
+        best: file of the training's own best ones, whose metrics are known.
+    """
+
+    def read() -> dict:
+        with contextlib.suppress(UserError):
+            return {} if checkpoints.same(target, best) else weights.load_state(target)
+        return {}
+
+    if device.from_first(checkpoints.same, target, best):
+        return done.best
+    if not held_out or not (state := device.from_first(read)):
+        return {}
+    try:
+        network = weights.build_network(state, target, type(stage.networks["gen"]))
+        return validate(stage, network, held_out, device)
+    except (NotFiniteError, UserError):
+        return {}
+
+
+def measure(
+    pairs: Pairs, device: Device, function: Callable[[np.ndarray, np.ndarray], Metrics]
+) -> Metrics:
+    """Returns the mean of a function of LR and HR over images, which the processes share out.
 
     Raises:
         ImageError, NotFiniteError: in all processes, one cannot be read, or not be made.
     """
-    mine = list(held_out.values())[device.rank :: device.world]
-    rows, references, problems = [], [], []
-    enlarger = stage.enlarger(ema)
-    for paths in progress(mine, "Validating", unit="image", leave=False):
+    mine = list(pairs.values())[device.rank :: device.world]
+    rows, problems = [], []
+    for paths in console.progress(mine, "Validating", unit="image", leave=False):
         try:
-            lr, hr = map(read_image, paths)
-            rows.append(stage.validate(enlarger, lr, hr))
+            rows.append(function(*map(images.read_image, paths)))
         except (ImageError, NotFiniteError) as error:
             problems.append(error)
             break
-        if log.reference is None:
-            references.append(stage.reference(lr, hr))
     if problems := device.gather(problems):
         raise problems[0]
-    rows, references = device.gather(rows), device.gather(references)
-    if references:
-        log.reference = mean_of(references)
-    if not rows:
-        return None
-    metrics = mean_of(rows)
-    log.validation(metrics)
-    return metrics
+    rows = device.gather(rows)
+    return metrics.mean_of(rows) if rows else {}
 
 
 # Log ------------------------------------------------------------------------------------------
@@ -484,31 +416,37 @@ def validate(
 class Log:
     """Progress bar and TensorBoard curves of a training; both in the first process only.
 
-    A new training gets a folder `{runs}/{name}/{number}` of its own, a resumed one goes on in its.
-    The metrics to beat stand in `.../reference`, so that they are a flat line in the same chart.
+    Bicubic's metrics are a run of their own, so that they are a flat line in the same charts. Where
+    curves cannot be written, training goes on without them.
     """
 
-    def __init__(self, name: str, runs: Path, steps: int, done: Progress, device: Device) -> None:
+    def __init__(self, name: str, folder: Path, steps: int, done: Progress, device: Device) -> None:
         self.done, self.device = done, device
-        self.reference: Metrics | None = None
         self.writers: list[SummaryWriter] = []
-        if device.rank == 0:
-            folder = runs / name
-            if not done.step:
-                numbers = [int(p.name) for p in folder.glob("*") if p.name.isdecimal()]
-                done.run = max(numbers, default=0) + 1
-            folders = (folder / str(done.run), folder / str(done.run) / "reference")
-            self.writers = [SummaryWriter(str(f), purge_step=done.step + 1) for f in folders]
-        self.bar = progress(desc=name, total=steps, initial=done.step, unit="step")
+        self.bar = console.progress(desc=name, total=steps, initial=done.step, unit="step")
         self.restart()
+        if device.rank == 0:
+            with self.optional():
+                for each in (folder, folder / "bicubic"):
+                    self.writers.append(SummaryWriter(str(each), purge_step=done.step + 1))
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        for writer in self.writers:
-            writer.close()
+        with self.optional():
+            for writer in self.writers:
+                writer.close()
+
+    @contextlib.contextmanager
+    def optional(self) -> Iterator[None]:
+        """Ends the curves, with a warning, where anything goes wrong with them."""
+        try:
+            yield
+        except Exception as error:  # whatever TensorBoard raises
+            self.writers = []
+            console.warn(f"No more curves, training goes on: {console.one_line(error)}")
 
     def restart(self) -> None:
         """Starts the means and the clock anew."""
@@ -519,7 +457,7 @@ class Log:
         self,
         losses: dict[str, dict[str, Tensor]],
         totals: dict[str, Tensor],
-        scalars: Metrics,
+        scalars: dict[str, Tensor],
         crops: int,
     ) -> None:
         """Takes in a batch's losses without waiting for the device."""
@@ -530,47 +468,49 @@ class Log:
         self.batches += 1
         self.crops += crops
 
-    def means(self, rate: float) -> bool:
-        """Logs the means since the last call; returns whether all are finite."""
+    def flush(self, rate: float) -> None:
+        """Logs the means since the last call."""
         means = {key: float(value) / self.batches for key, value in self.sums.items()}
-        finite = all(map(math.isfinite, means.values()))
-        seconds = time.monotonic() - self.since
-        speed = self.crops * self.device.world / seconds
-        for key, value in {**means, "speed/crops per second": speed, "learning rate": rate}.items():
-            self.scalar(key, value)
+        speed = self.crops * self.device.world / (time.monotonic() - self.since)
+        self.scalars(means | {"speed/crops per second": speed, "learning rate": rate})
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         self.bar.set_postfix_str(" ".join(f"{key} {value:.4f}" for key, value in sums.items()))
         self.restart()
-        return not self.device.any_process(not finite)
 
-    def scalar(self, key: str, value: float) -> None:
-        """Logs a value at the present step."""
-        if self.writers:
-            self.writers[0].add_scalar(key, value, self.done.step)
+    def scalars(self, values: Metrics, writer: int = 0) -> None:
+        """Logs values at the present step."""
+        with self.optional():
+            for each in self.writers[writer : writer + 1]:
+                for key, value in values.items():
+                    each.add_scalar(key, value, self.done.step)
 
-    def text(self, key: str, values: dict) -> None:
-        """Logs a table of values."""
-        if self.writers:
-            rows = [f"| {name} | {value} |" for name, value in values.items()]
-            self.writers[0].add_text(key, "\n".join(["| | |", "| --- | --- |", *rows]))
+    def settings(self, values: dict) -> None:
+        """Logs a table of settings."""
+        rows = [f"| {name} | {value} |" for name, value in values.items()]
+        with self.optional():
+            for writer in self.writers[:1]:
+                writer.add_text(
+                    "settings", "\n".join(["| setting | value |", "| --- | --- |", *rows])
+                )
 
-    def validation(self, metrics: Metrics) -> None:
-        """Logs validation metrics and, in the same charts, those to beat."""
-        for writer, values in zip(self.writers, (metrics, self.reference or {}), strict=False):
-            for key, value in values.items():
-                writer.add_scalar(f"validation/{key}", value, self.done.step)
+    def validation(self, found: Metrics, reference: Metrics, best: float | None) -> None:
+        """Logs validation metrics and, in the same charts, bicubic's."""
+        self.scalars({f"validation/{key}": value for key, value in found.items()})
+        self.scalars({f"validation/{key}": value for key, value in reference.items()}, writer=1)
+        if best is not None:
+            self.scalars({"validation/best so far": best})
         self.restart()
 
     @torch.no_grad()
-    def samples(self, stage: Stage, ema: nn.Module, batch: Batch) -> None:
-        """Logs what the averaged generator makes of a batch, side by side."""
-        if not self.writers:
+    def samples(self, stage: Stage, network: nn.Module, batch: Batch | None) -> None:
+        """Logs what a generator makes of a batch, side by side."""
+        if not (self.writers and batch):
             return
-        for title, columns in stage.samples(ema, batch).items():
-            images = [each[:SAMPLES].float().cpu() for each in columns]
-            images = [each.expand(-1, 3, -1, -1) for each in images]
-            grid = make_grid(torch.stack(images, dim=1).flatten(0, 1), nrow=len(images))
-            self.writers[0].add_image(title, grid.clamp(0, 1), self.done.step)
+        for title, columns in stage.samples(network, batch).items():
+            rows = [each.float().cpu().expand(-1, 3, -1, -1) for each in columns]
+            grid = make_grid(torch.stack(rows, dim=1).flatten(0, 1), nrow=len(rows)).clamp(0, 1)
+            with self.optional():
+                self.writers[0].add_image(title, grid, self.done.step)
 
 
 # Interruption ---------------------------------------------------------------------------------
@@ -578,7 +518,7 @@ class Log:
 
 @contextlib.contextmanager
 def interruptible(notice: bool) -> Iterator[list[int]]:
-    """Turns Ctrl-C and SIGTERM into an entry of the list it gives; a second one acts at once.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into entries of the list it gives; a second acts at once.
 
     Args:
         notice: tell the user that training will stop, which can take a validation's time.
@@ -589,29 +529,16 @@ def interruptible(notice: bool) -> Iterator[list[int]]:
     def note(number: int, _: object) -> None:
         received.append(number)
         if notice:  # not by `print`, which cannot interrupt itself
-            os.write(2, b"\nStopping after this step or validation; once more to stop at once\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, STOPPING)
         signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows lacks the last
+        if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            before[number] = signal.signal(number, note)  # else nohup's
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def with_remedies() -> Iterator[None]:
-    """Turns errors of memory and of data-loading workers into ones that name the remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise DeviceError("Memory is full; give a smaller --batch-size") from error
-        if "DataLoader worker (pid" not in str(error):  # an error in one names it otherwise
-            raise
-        raise DeviceError(
-            "A data-loading worker was killed, probably because memory or /dev/shm is full;"
-            " give --workers 0"
-        ) from error
