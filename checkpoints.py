@@ -140,17 +140,17 @@ def publish(
 
     Args:
         before: metrics of the weights there, {} if there are none.
-        reference: metrics of bicubic.
+        reference: metrics of what the stage is compared with.
         complete: the training came to its last step.
     """
     source, step = folder / "latest.pth", done.step
     if done.best:
         source, step = folder / "best.pth", done.best_step
-    rows = [("bicubic", reference), ("before", before), (f"step {step}", done.best)]
+    rows = [(stage.compared_with, reference), ("before", before), (f"step {step}", done.best)]
     if complete and done.best:
         metrics.print_table([row for row in rows if row[1]])
     if same(source, target):
-        console.info(f"{target}: holds the best weights of {folder}")
+        console.info(f"{target}: holds the best weights of {folder} already")
     elif not (complete or (done.best and done.best_step)):
         console.info(f"{target}: unchanged, as no weights of {folder} are validated yet")
     elif before and not stage.better(done.best, before):
@@ -183,8 +183,17 @@ def keep(path: Path, folder: Path) -> str:
 
 
 def states(parts: dict) -> dict:
-    """Returns the state dicts of networks and optimisers."""
-    return {key: part.state_dict() for key, part in parts.items()}
+    """Returns the state dicts of networks and optimisers, on the CPU."""
+    return {key: on_cpu(part.state_dict()) for key, part in parts.items()}
+
+
+def on_cpu(state: object) -> object:
+    """Returns a state, however nested, with its tensors on the CPU, in the layout they have."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return list(map(on_cpu, state)) if isinstance(state, list) else state
 
 
 def restore(parts: dict, state: dict, path: Path) -> None:

@@ -73,6 +73,7 @@ class Stage:
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
     best_by: ClassVar[str]  # validation metric by which weights are the best
     sign: ClassVar[int] = 1  # of that metric; -1: the lower, the better
+    compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         """Makes the networks, from the weights they start from.
@@ -189,7 +190,7 @@ class EdgePreModel(Stage):
         schedule=cosine,
         jpeg=0.5,
     )
-    best_by = "F1"
+    best_by, compared_with = "F1", "edges of LR"
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)

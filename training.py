@@ -5,6 +5,8 @@ import copy
 import math
 import os
 import signal
+import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -139,7 +141,7 @@ def fit(  # noqa: PLR0912, PLR0915
     one_shape = recipe.crops[0] == recipe.crops[1]
     saved, watched = time.monotonic(), torch.zeros((), device=device.torch_device)
     together = False  # whether all processes end for one reason
-    log = Log(stage.name, folder, recipe.steps, done, device)
+    log = Log(stage, folder, recipe.steps, done, device)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
             log.settings(settings)
@@ -296,10 +298,8 @@ def load_batches(
     except (RuntimeError, OSError) as error:
         if not options.workers:
             raise
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise UserError(
-            f"The processes that load data failed ({reason}); give --workers 0"
-        ) from error
+        reason = str(error).strip().splitlines()[-1].partition(". ")[0]
+        raise UserError(f"Processes that load data failed ({reason}); give --workers 0") from error
 
 
 def collate(items: list[dict | Exception]) -> Batch | Exception:
@@ -309,9 +309,13 @@ def collate(items: list[dict | Exception]) -> Batch | Exception:
 
 
 def prepare_worker(_: int) -> None:
-    """Limits a data-loading worker to one thread, and has it ignore the group's Ctrl-C."""
+    """Limits a data-loading process to one thread, and has it ignore the group's Ctrl-C.
+
+    What it prints is multiprocessing's own tracebacks: errors of tiles leave it as items.
+    """
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -416,18 +420,21 @@ def measure(
 class Log:
     """Progress bar and TensorBoard curves of a training; both in the first process only.
 
-    Bicubic's metrics are a run of their own, so that they are a flat line in the same charts. Where
+    What the stage is compared with is a run of its own, a flat line in the same charts. Where
     curves cannot be written, training goes on without them.
     """
 
-    def __init__(self, name: str, folder: Path, steps: int, done: Progress, device: Device) -> None:
+    def __init__(
+        self, stage: Stage, folder: Path, steps: int, done: Progress, device: Device
+    ) -> None:
         self.done, self.device = done, device
         self.writers: list[SummaryWriter] = []
-        self.bar = console.progress(desc=name, total=steps, initial=done.step, unit="step")
+        self.bar = console.progress(desc=stage.name, total=steps, initial=done.step, unit="step")
         self.restart()
+        self.hook, threading.excepthook = threading.excepthook, self.in_thread
         if device.rank == 0:
             with self.optional():
-                for each in (folder, folder / "bicubic"):
+                for each in (folder, folder / stage.compared_with):
                     self.writers.append(SummaryWriter(str(each), purge_step=done.step + 1))
 
     def __enter__(self) -> "Log":
@@ -438,6 +445,12 @@ class Log:
         with self.optional():
             for writer in self.writers:
                 writer.close()
+        threading.excepthook = self.hook
+
+    def in_thread(self, arguments: threading.ExceptHookArgs) -> None:
+        """Passes over what fails in TensorBoard's thread: its writer raises it again."""
+        if not isinstance(arguments.exc_value, OSError):
+            self.hook(arguments)
 
     @contextlib.contextmanager
     def optional(self) -> Iterator[None]:
@@ -474,7 +487,8 @@ class Log:
         speed = self.crops * self.device.world / (time.monotonic() - self.since)
         self.scalars(means | {"speed/crops per second": speed, "learning rate": rate})
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
-        self.bar.set_postfix_str(" ".join(f"{key} {value:.4f}" for key, value in sums.items()))
+        text = " ".join(f"{key} {value:.4f}" for key, value in sums.items())
+        self.bar.set_postfix_str(text, refresh=False)  # else every time a line in a log file
         self.restart()
 
     def scalars(self, values: Metrics, writer: int = 0) -> None:
@@ -486,7 +500,8 @@ class Log:
 
     def settings(self, values: dict) -> None:
         """Logs a table of settings."""
-        rows = [f"| {name} | {value} |" for name, value in values.items()]
+        short = {k: f"{len(v)} of them" if len(str(v)) > 200 else v for k, v in values.items()}
+        rows = [f"| {name} | {value} |" for name, value in short.items()]
         with self.optional():
             for writer in self.writers[:1]:
                 writer.add_text(
@@ -494,7 +509,7 @@ class Log:
                 )
 
     def validation(self, found: Metrics, reference: Metrics, best: float | None) -> None:
-        """Logs validation metrics and, in the same charts, bicubic's."""
+        """Logs validation metrics and, in the same charts, those to beat."""
         self.scalars({f"validation/{key}": value for key, value in found.items()})
         self.scalars({f"validation/{key}": value for key, value in reference.items()}, writer=1)
         if best is not None:
