@@ -113,14 +113,25 @@ def differences(before: dict, after: dict) -> dict[str, str]:
     return phrases
 
 
-def save_anyway(save: Callable[[], None], name: str, step: int) -> None:
-    """Saves a training that an error ends, and says so, or why not."""
-    try:
-        save()
-    except Exception as error:  # the first error is the one to raise
-        console.warn(f"{name} could not be saved: {console.one_line(error)}")
-    else:
-        console.warn(f"{name} saved at step {step}; continue with --resume")
+def save_anyway(
+    save: Callable[[Path], None], folder: Path, spare: Path, name: str, step: int
+) -> None:
+    """Saves a training that an error ends, and says so, or why not.
+
+    Args:
+        save: writes to a folder.
+        folder: of the training.
+        spare: in the place of `{runs}`, for another disk than a full one.
+    """
+    for place in (folder, spare / name / folder.name):
+        try:
+            save(place)
+        except Exception as error:  # the first error is the one to raise
+            console.warn(f"{place}: {name} could not be saved: {console.one_line(error)}")
+        else:
+            where = "" if place == folder else f" --runs {spare}"
+            console.warn(f"{name} saved at step {step}; continue with --resume{where}")
+            return
 
 
 def publish(
@@ -152,7 +163,7 @@ def publish(
     if same(source, target):
         console.info(f"{target}: holds the best weights of {folder} already")
     elif not (complete or (done.best and done.best_step)):
-        console.info(f"{target}: unchanged, as no weights of {folder} are validated yet")
+        console.info(f"{target}: unchanged, as nothing of {source} is validated yet")
     elif before and not stage.better(done.best, before):
         key = stage.best_by
         console.info(

@@ -98,7 +98,7 @@ def fit(  # noqa: PLR0912, PLR0915
             parts, device.from_first(lambda: {"parts": checkpoints.states(parts)}), folder
         )
 
-    def save() -> None:
+    def save(folder: Path = folder) -> None:
         current = checkpoints.states(parts)
         if not checkpoints.is_finite(current):
             diverged()
@@ -213,7 +213,9 @@ def fit(  # noqa: PLR0912, PLR0915
             raise
         except (Exception, KeyboardInterrupt) as error:
             if device.rank == 0 and done.step:
-                checkpoints.save_anyway(save, stage.name, done.step)
+                checkpoints.save_anyway(
+                    save, folder, options.ckpts / "rescued", stage.name, done.step
+                )
             if device.rank == 0 and isinstance(error, KeyboardInterrupt):
                 checkpoints.publish(stage, folder, target, done, before, reference, complete=False)
             if together:

@@ -780,18 +780,27 @@ def test_whatever_goes_wrong_the_training_is_saved(folder, given, monkeypatch, c
     assert step(folder, SRResNetModel) == 4
 
 
-def test_what_cannot_be_saved_is_said(folder, given, refused, monkeypatch, capsys):
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    before = published(folder, EdgePreModel)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_training_on_a_full_disk_is_saved_elsewhere(
+    folder, given, refused, monkeypatch, capsys, everywhere
+):
+    original, before = torch.save, published(folder, EdgePreModel)
 
-    def fail(_, file):
-        file.write(b"half")
-        raise full
+    def fail(content, file):
+        if everywhere or "rescued" not in file.name:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(content, file)
 
-    monkeypatch.setattr(torch, "save", fail)
-    line = refused(EdgePreModel, given(EdgePreModel, held_out=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        line = refused(EdgePreModel, given(EdgePreModel, held_out=0))
     assert line.startswith(f"{run_of(folder, EdgePreModel)}: No space left on device; free some")
     assert published(folder, EdgePreModel) == before and not list(folder.rglob(".*"))
+    options = given(EdgePreModel, held_out=0, runs=folder / "rescued", steps=5, resume=True)
+    if not everywhere:
+        fit(EdgePreModel, options)
+        assert load_file(folder / "rescued/EdgePreModel/1/state.pth")["progress"]["step"] == 5
 
 
 @pytest.mark.parametrize("method", ["add_scalar", "add_text", "add_image", "close", "__init__"])
