@@ -52,6 +52,27 @@ def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
     return build_network(load_state(path), path, *kinds)
 
 
+def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module:
+    """Returns the network between those of weight files, one architecture, as `load_network` does.
+
+    Args:
+        shares: how much of each network's weights, 1 in all (Wang et al., ESRGAN, arXiv 1809.00219,
+            section 3.4).
+    """
+    states = {path: load_state(path) for path in shares}
+    first, *others = (build_network(state, path, *kinds) for path, state in states.items())
+    for path, network in zip(list(shares)[1:], others, strict=True):
+        if (type(network), network.arguments) != (type(first), first.arguments):
+            raise UserError(f"{path}: not of the architecture of {next(iter(shares))}; {ANOTHER}")
+    keys = [key for key, value in first.state_dict().items() if value.is_floating_point()]
+    mixed = {
+        key: sum(share * states[path][key].float() for path, share in shares.items())
+        for key in keys
+    }
+    first.load_state_dict(first.state_dict() | mixed)
+    return first
+
+
 def load_state(path: Path) -> dict[str, Tensor]:
     """Returns the state dict in a weight file, by its current keys.
 
