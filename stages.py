@@ -508,3 +508,17 @@ class SRModel(PreModel):
             "discriminator/hr": on_hr.mean(),
             "discriminator/sr": on_detached.mean(),
         }
+
+
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (
+        EdgePreModel,
+        EdgeModel,
+        SRResNetModel,
+        EdgeStageModel,
+        PreModel,
+        SRModel,
+        SRGANModel,
+    )
+}
