@@ -184,8 +184,21 @@ class PairedTiles(Dataset):
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
-        largest_tiles = [tuple(side + 1 for side in shapes[name]) for name, _ in places]
-        self.decoded = Decoded.of(largest_tiles, "hr" in edges)
+        self.shapes = [tuple(side + 1 for side in shapes[name]) for name, _ in places]  # at most
+        self.largest, self.decoded = largest, None
+
+    def keep(self, crops: int) -> None:
+        """Has tiles kept in memory once they are decoded, if half of what is free holds them all.
+
+        And HR tiles' edges, if that is less work than those of the crops and their margins.
+
+        Args:
+            crops: how many this process is to draw in all.
+        """
+        work = crops * (self.largest + 2 * images.CANNY_REACH) ** 2
+        edges = "hr" in self.edges and work > sum(map(prod, self.shapes))
+        if sum(Decoded.sizes(self.shapes, edges)) < device.free_memory() / 2:
+            self.decoded = Decoded(self.shapes, edges)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -247,22 +260,14 @@ class Decoded:
 
     def __init__(self, largest: list[tuple[int, ...]], edges: bool) -> None:
         self.edges = edges
-        sizes = [sum(map(prod, self.shapes_of(*shape))) for shape in largest]
-        self.starts = list(accumulate(sizes, initial=0))
+        self.starts = list(accumulate(self.sizes(largest, edges), initial=0))
         self.memory = np.frombuffer(mmap.mmap(-1, self.starts[-1]), np.uint8)
-        self.shapes = np.frombuffer(mmap.mmap(-1, 8 * len(sizes)), np.int32).reshape(-1, 2)
+        self.shapes = np.frombuffer(mmap.mmap(-1, 8 * len(largest)), np.int32).reshape(-1, 2)
 
-    @classmethod
-    def of(cls, largest: list[tuple[int, ...]], edges: bool) -> "Decoded | None":
-        """Returns the memory for tiles if half of what is free holds them all."""
-        pixels = sum(map(prod, largest))
-        size = pixels * (3 + SCALE**2 * (4 if edges else 3))
-        return cls(largest, edges) if size < device.free_memory() / 2 else None
-
-    def shapes_of(self, height: int, width: int) -> list[tuple[int, ...]]:
-        """Returns the shapes of what is kept of one tile."""
-        hr = SCALE * height, SCALE * width
-        return [(height, width, 3), (*hr, 3)] + [hr] * self.edges
+    @staticmethod
+    def sizes(largest: list[tuple[int, ...]], edges: bool) -> list[int]:
+        """Returns the bytes that each tile takes at most."""
+        return [height * width * (3 + SCALE**2 * (3 + edges)) for height, width in largest]
 
     def get(self, number: int) -> list[np.ndarray]:
         """Returns LR tile, HR tile and perhaps the latter's edges; nothing if not kept yet."""
@@ -280,7 +285,9 @@ class Decoded:
 
     def _views(self, number: int, height: int, width: int) -> list[np.ndarray]:
         start, views = self.starts[number], []
-        for shape in self.shapes_of(int(height), int(width)):
+        lr = int(height), int(width)
+        hr = SCALE * lr[0], SCALE * lr[1]
+        for shape in ((*lr, 3), (*hr, 3), *[hr] * self.edges):
             views.append(self.memory[start : start + prod(shape)].reshape(shape))
             start += prod(shape)
         return views

@@ -66,6 +66,7 @@ def fit(  # noqa: PLR0912, PLR0915
     crops_per_step = recipe.batch_size * recipe.accumulate * device.world
     if options.epochs:
         recipe = replace(recipe, steps=math.ceil(options.epochs * len(dataset) / crops_per_step))
+    dataset.keep(recipe.steps * recipe.batch_size * recipe.accumulate)
     for folder in (options.ckpts, options.runs):
         device.from_first(files.check_writable, folder)
 

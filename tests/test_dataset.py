@@ -171,10 +171,8 @@ def test_damaged_tiles_come_as_errors_to_be_raised_elsewhere(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tiles_in_memory_change_no_crop(sliced, monkeypatch, workers):
     names, edges = split(sliced, 0)[0], ("lr", "hr")
-    kept = PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges)
-    monkeypatch.setattr(device, "free_memory", lambda: 0)
-    plain = PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges)
-    assert kept.decoded and not plain.decoded
+    kept, plain = (PairedTiles(sliced, names, 24, jpeg=0.5, edges=edges) for _ in range(2))
+    kept.keep(crops=1000)
     draws = list(islice(CropSampler(len(kept), 4, (24, 24), 0), 12))  # three times each tile
     context = "fork" if workers else None
     loader = DataLoader(
@@ -193,8 +191,20 @@ def test_tiles_in_memory_change_no_crop(sliced, monkeypatch, workers):
     assert all(len(kept.load(i)) == 3 for i in range(len(kept)))  # whichever process read them
 
 
+@pytest.mark.parametrize(
+    ("crops", "free", "kept"), [(1000, 2**30, 3), (10, 2**30, 2), (1000, 2**20, 0)]
+)
+def test_only_what_pays_off_is_kept_and_what_memory_holds(sliced, monkeypatch, crops, free, kept):
+    monkeypatch.setattr(device, "free_memory", lambda: free)
+    dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, edges=("hr",))
+    dataset.keep(crops)
+    dataset.load(0)
+    assert len(dataset.decoded.get(0) if dataset.decoded else []) == kept
+
+
 def test_processes_that_are_no_forks_decode_by_themselves(sliced):
     dataset = PairedTiles(sliced, split(sliced, 0)[0], 24, edges=("hr",))
+    dataset.keep(crops=1000)
     copy = pickle.loads(pickle.dumps(dataset))
     request = CropRequest(1, 24, (0, 3))
     assert dataset.decoded and not copy.decoded

@@ -156,6 +156,14 @@ def test_warnings_of_the_device_come_from_the_first_process_only(gpu, capsys):
     assert capsys.readouterr().err.count("using the CPU") == 1
 
 
+def test_a_container_s_memory_is_what_it_may_take(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(device, "CGROUPS", [(tmp_path, "max", "current")])
+    for name, content in (("max", "5000000"), ("current", "1000000")):
+        (tmp_path / name).write_text(content)
+    assert device.free_memory() in (0, 2_000_000)  # the first outside Linux
+
+
 def test_bytes_become_numbers_from_0_to_1():
     sent = Device(torch.device("cpu")).send(torch.tensor([0, 51, 255], dtype=torch.uint8))
     assert sent.dtype == torch.float32 and sent.tolist() == pytest.approx([0, 0.2, 1])
