@@ -1,8 +1,10 @@
 """Metrics of images and of edges, and the one table they are printed in."""
 
+import csv
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import console
+import files
 import images
 from device import Device, to_tensor
 from tiles import SCALE
@@ -168,6 +171,15 @@ def against_bicubic(lr: np.ndarray, hr: np.ndarray, sr: np.ndarray, device: Devi
 def mean_of(rows: list[Metrics]) -> Metrics:
     """Returns each metric's mean."""
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def write_csv(path: Path, rows: list[tuple[str, Metrics]]) -> None:
+    """Writes titles and metrics as a CSV file, a row each."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with files.replacing(path) as temporary, temporary.open("w", **text) as file:
+        writer = csv.DictWriter(file, ["image", *rows[-1][1]])
+        writer.writeheader()
+        writer.writerows({"image": title, **row} for title, row in rows)
 
 
 def print_table(rows: list[tuple[str, Metrics]]) -> None:
