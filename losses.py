@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import weights
 from console import UserError, one_line
 from metrics import original_ssim
+from tiles import SCALE
 
 # Edge generator: Edge-Informed SISR, section 3.1 ----------------------------------------------
 
@@ -50,7 +51,8 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
 # Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
-TEXTURE_L1_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 10, 0.1
+TEXTURE_L1_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT, GRID_WEIGHT = 10, 0.1, 2000
+GRID_BLOCK = 8  # cells of 4 x 4 pixels over which the phases of a grid are averaged
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
 
 real_or_fake = F.binary_cross_entropy_with_logits
@@ -80,7 +82,8 @@ def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -
 def texture_terms(
     sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor, on_hr: Tensor
 ) -> dict[str, Tensor]:
-    """Returns the weighted terms of the generator's loss in ESRGAN (arXiv 1809.00219, eq. 3).
+    """Returns the weighted terms of the generator's loss in ESRGAN (arXiv 1809.00219, eq. 3), and
+    of `grid`, which its generator would paint.
 
     Args:
         sr, hr: generated image and ground truth, (N, 3, H, W) in [0, 1], float32.
@@ -91,7 +94,21 @@ def texture_terms(
         "l1": TEXTURE_L1_WEIGHT * F.l1_loss(sr, hr),
         "perceptual": perceptual,
         "adversarial": TEXTURE_ADVERSARIAL_WEIGHT * relativistic(on_sr, on_hr),
+        "grid": GRID_WEIGHT * grid(sr, hr),
     }
+
+
+def grid(sr: Tensor, hr: Tensor) -> Tensor:
+    """Returns the mean square of a checkerboard of 4 x 4 pixels that an image has and HR lacks.
+
+    Each of the 16 sub-pixels that the generator makes of an LR pixel is averaged over 8 x 8 LR
+    pixels: texture vanishes in that mean, and what remains is the same in all of them.
+    """
+    side = SCALE * GRID_BLOCK
+    error = (sr - hr)[..., : sr.shape[2] // side * side, : sr.shape[3] // side * side]
+    cells = error.unflatten(3, (-1, GRID_BLOCK, SCALE)).unflatten(2, (-1, GRID_BLOCK, SCALE))
+    phases = cells.mean(dim=(3, 6))  # (N, 3, rows, 4, columns, 4)
+    return (phases - phases.mean(dim=(3, 5), keepdim=True)).square().mean()
 
 
 def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
@@ -122,21 +139,16 @@ class PerceptualLoss(nn.Module):
     Args:
         state: of `vgg_state`.
         distance: of two tensors of features.
-        smooth: pool without aliasing, by `L2Pool`.
     """
 
     def __init__(
         self,
         state: dict[str, Tensor],
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
-        smooth: bool = False,
     ) -> None:
         super().__init__()
         self.features, self.distance = vgg_features(), distance
         self.features.load_state_dict(state, assign=True)
-        for i, layer in enumerate(self.features):
-            if smooth and isinstance(layer, nn.MaxPool2d):
-                self.features[i] = L2Pool()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -149,16 +161,6 @@ class PerceptualLoss(nn.Module):
 
     def _features(self, image: Tensor) -> Tensor:
         return self.features((image - self.mean) / self.std)
-
-
-class L2Pool(nn.Module):
-    """The root of the blurred square, at half the size (Ding et al., DISTS, arXiv 2004.07728)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        line = x.new_tensor([0.25, 0.5, 0.25])
-        kernel = (line[:, None] * line).expand(x.shape[1], 1, 3, 3)
-        blurred = F.conv2d(x * x, kernel, stride=2, padding=1, groups=x.shape[1])
-        return (blurred + 1e-6).sqrt()
 
 
 def vgg_features() -> nn.Sequential:

@@ -65,7 +65,9 @@ def run() -> None:
             given, command = stage_options(name, options, device)
             steps = plan.get(name, {}).get("steps")
             given.resume = steps is not None
-            given.steps = steps or count_steps(name, given, device, share * (end - time.monotonic()))
+            given.steps = steps or count_steps(
+                name, given, device, share * (end - time.monotonic())
+            )
             command += ["--steps", str(given.steps)]
             console.info(f"$ python main.py {shlex.join(command)}")
             for done in (False, True):
@@ -109,9 +111,15 @@ def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> 
     """
     start, times = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        ckpts = shutil.copytree(given.ckpts, Path(folder) / "ckpts") if given.ckpts.exists() else given.ckpts
+        ckpts = (
+            shutil.copytree(given.ckpts, Path(folder) / "ckpts")
+            if given.ckpts.exists()
+            else given.ckpts
+        )
         for steps in TRIALS:
-            trial = Namespace(**vars(given) | {"steps": steps, "ckpts": ckpts, "runs": Path(folder)})
+            trial = Namespace(
+                **vars(given) | {"steps": steps, "ckpts": ckpts, "runs": Path(folder)}
+            )
             began = time.monotonic()
             training.fit(stages.STAGES[name], trial, device)
             times.append(time.monotonic() - began)

@@ -11,6 +11,7 @@ from losses import (
     edge_cross_entropy,
     feature_matching,
     generator_terms,
+    grid,
     hinge_discriminator,
     hinge_generator,
     relativistic,
@@ -120,3 +121,13 @@ def test_relativistic_loss_asks_to_look_more_real_than_the_other_side():
     assert relativistic(real, fake) < 0.01
     assert relativistic(fake, real) > 5
     assert relativistic(real, real.flip(0)) == pytest.approx(np.log(2), abs=0.3)
+
+
+def test_a_grid_of_sub_pixels_is_seen_and_texture_is_not():
+    torch.manual_seed(0)
+    hr = torch.rand(2, 3, 64, 96)
+    checkerboard = 0.1 * ((torch.arange(64)[:, None] + torch.arange(96)) % 2 - 0.5)
+    assert grid(hr, hr) == 0
+    assert grid(hr + 0.3, hr) < 1e-9  # a lighter image has no grid
+    assert grid(hr + checkerboard, hr) == pytest.approx(0.05**2, rel=1e-3)
+    assert grid(hr + 0.05 * torch.randn_like(hr), hr) < 0.05**2 / 50
