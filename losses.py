@@ -51,7 +51,7 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
 # Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
-TEXTURE_L1_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT, GRID_WEIGHT = 10, 0.1, 2000
+TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT, GRID_WEIGHT = 10, 0.5, 0.2, 1000
 GRID_BLOCK = 8  # cells of 4 x 4 pixels over which the phases of a grid are averaged
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
 
@@ -92,7 +92,7 @@ def texture_terms(
     """
     return {
         "l1": TEXTURE_L1_WEIGHT * F.l1_loss(sr, hr),
-        "perceptual": perceptual,
+        "perceptual": TEXTURE_WEIGHT * perceptual,
         "adversarial": TEXTURE_ADVERSARIAL_WEIGHT * relativistic(on_sr, on_hr),
         "grid": GRID_WEIGHT * grid(sr, hr),
     }
@@ -139,16 +139,21 @@ class PerceptualLoss(nn.Module):
     Args:
         state: of `vgg_state`.
         distance: of two tensors of features.
+        smooth: pool without aliasing, by `L2Pool`.
     """
 
     def __init__(
         self,
         state: dict[str, Tensor],
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        smooth: bool = False,
     ) -> None:
         super().__init__()
         self.features, self.distance = vgg_features(), distance
         self.features.load_state_dict(state, assign=True)
+        for i, layer in enumerate(self.features):
+            if smooth and isinstance(layer, nn.MaxPool2d):
+                self.features[i] = L2Pool()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -161,6 +166,16 @@ class PerceptualLoss(nn.Module):
 
     def _features(self, image: Tensor) -> Tensor:
         return self.features((image - self.mean) / self.std)
+
+
+class L2Pool(nn.Module):
+    """The root of the blurred square, at half the size (Ding et al., DISTS, arXiv 2004.07728)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        line = x.new_tensor([0.25, 0.5, 0.25])
+        kernel = (line[:, None] * line).expand(x.shape[1], 1, 3, 3)
+        blurred = F.conv2d(x * x, kernel, stride=2, padding=1, groups=x.shape[1])
+        return (blurred + 1e-6).sqrt()
 
 
 def vgg_features() -> nn.Sequential:

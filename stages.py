@@ -328,7 +328,7 @@ class SRGANModel(SRResNetModel):
         super().__init__(recipe, options, device)
         self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
         state = device.from_first(losses.vgg_state, options.vgg)
-        self.perceptual = device.place(losses.PerceptualLoss(state, F.l1_loss))
+        self.perceptual = device.place(losses.PerceptualLoss(state, F.l1_loss, smooth=True))
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
