@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import console
@@ -24,7 +24,6 @@ import main
 import stages
 import tiles
 import training
-from console import UserError
 from device import Device, open_device
 
 SHARES = {  # of the time
@@ -35,9 +34,9 @@ SHARES = {  # of the time
     "PreModel": 0.17,
     "SRModel": 0.09,
 }
-CUDA = {"SRResNet": ["--batch-size", "64"]}  # a GPU needs more crops at a time to be busy
-CUDA_OTHERS = ["--batch-size", "32"]
+CUDA_BATCHES = {"SRResNet": 64}  # crops at a time that keep a GPU busy; others: 32
 TRIALS = 5, 25  # steps
+DONE = "done"
 
 
 def run() -> None:
@@ -59,23 +58,23 @@ def run() -> None:
     end, plan_path = time.monotonic() + 60 * options.minutes, options.runs / "reproduce.json"
     plan = json.loads(plan_path.read_text()) if options.resume and plan_path.exists() else {}
     with open_device(training=True) as device:
-        left = [name for name in options.stages if not plan.get(name, {}).get("done")]
+        left = [name for name in options.stages if plan.get(name) != DONE]
         for number, name in enumerate(left):
             share = SHARES[name] / sum(SHARES[each] for each in left[number:])
             given, command = stage_options(name, options, device)
-            steps = plan.get(name, {}).get("steps")
-            given.resume = steps is not None
-            given.steps = steps or count_steps(
-                name, given, device, share * (end - time.monotonic())
-            )
-            command += ["--steps", str(given.steps)]
-            console.info(f"$ python main.py {shlex.join(command)}")
-            for done in (False, True):
-                plan[name] = {"steps": given.steps, "done": done}
-                with files.replacing(plan_path) as temporary:
-                    temporary.write_text(json.dumps(plan))
-                if not done:
-                    training.fit(stages.STAGES[name], given, device)
+            if name in plan:
+                given.resume, given.steps = True, plan[name]
+            else:
+                seconds = share * (end - time.monotonic())
+                given.steps = device.gather([count_steps(name, given, device, seconds)])[0]
+            batches = given.steps * stages.STAGES[name].recipe.accumulate
+            given.checkpoint_every = -(-batches // 2)  # two validations
+            command += ["--steps", given.steps, "--checkpoint-every", given.checkpoint_every]
+            device.info(f"$ python main.py {shlex.join(map(str, command))}")
+            device.from_first(save_plan, plan_path, plan | {name: given.steps})
+            training.fit(stages.STAGES[name], given, device)
+            plan[name] = DONE
+            device.from_first(save_plan, plan_path, plan)
     if (options.root / tiles.TEST / tiles.HR).is_dir():
         arguments = ["--root", options.root, "--ckpts", options.ckpts]
         subprocess.run([sys.executable, console.ROOT / "ablation.py", *arguments], check=True)
@@ -84,7 +83,7 @@ def run() -> None:
 def known_stages(text: str) -> list[str]:
     """Parses a list of stages; returns them in the order of training."""
     if unknown := set(text.split(",")) - SHARES.keys():
-        raise UserError(f"--stages {min(unknown)}: not one of {', '.join(SHARES)}")
+        raise ArgumentTypeError(f"{min(unknown)} is not one of {', '.join(SHARES)}")
     return [name for name in SHARES if name in text.split(",")]
 
 
@@ -100,36 +99,30 @@ def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namesp
         argv += ["--vgg", options.vgg]
     argv = list(map(str, argv))
     if device.torch_device.type == "cuda":
-        argv += CUDA.get(name, CUDA_OTHERS)
+        argv += ["--batch-size", str(CUDA_BATCHES.get(name, 32))]
     given = main.parser_of(command).parse_args(argv)
     return given, [command, *argv]
 
 
 def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> int:
-    """Returns how many steps of a stage fit into a time, by two short trials; half as often it is
-    validated.
-    """
-    start, times = time.monotonic(), []
+    """Returns how many steps of a stage fit into a time, by two short trials."""
+    times = [time.monotonic()]
     with tempfile.TemporaryDirectory() as folder:
-        ckpts = (
-            shutil.copytree(given.ckpts, Path(folder) / "ckpts")
-            if given.ckpts.exists()
-            else given.ckpts
-        )
+        ckpts = Path(folder) / "ckpts"
+        shutil.copytree(given.ckpts, ckpts)  # trials publish nothing
         for steps in TRIALS:
-            trial = Namespace(
-                **vars(given) | {"steps": steps, "ckpts": ckpts, "runs": Path(folder)}
-            )
-            began = time.monotonic()
-            training.fit(stages.STAGES[name], trial, device)
-            times.append(time.monotonic() - began)
-    pace = max(times[1] - times[0], 1e-6) / (TRIALS[1] - TRIALS[0])
-    overhead = times[0] - TRIALS[0] * pace
-    left = seconds - (time.monotonic() - start) - overhead
-    steps = max(1, round(left / pace))
-    accumulate = stages.STAGES[name].recipe.accumulate
-    given.checkpoint_every = -(-steps * accumulate // 2)
-    return steps
+            trial = vars(given) | {"steps": steps, "ckpts": ckpts, "runs": Path(folder) / "runs"}
+            training.fit(stages.STAGES[name], Namespace(**trial), device)
+            times.append(time.monotonic())
+    first, second = times[1] - times[0], times[2] - times[1]
+    pace = max(second - first, 1e-3) / (TRIALS[1] - TRIALS[0])
+    return max(1, round((seconds - 2 * first - second) / pace) + TRIALS[0])
+
+
+def save_plan(path: Path, plan: dict[str, int | str]) -> None:
+    """Writes each stage's number of steps, or that it is done."""
+    with files.replacing(path) as temporary:
+        temporary.write_text(json.dumps(plan))
 
 
 if __name__ == "__main__":
