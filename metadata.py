@@ -3,30 +3,24 @@
 Pillow's parsers raise nearly anything over damaged files: `images` calls what reads, and knows.
 """
 
-import io
 import re
-import struct
-import zlib
-from collections.abc import Iterator
+from copy import deepcopy
 from numbers import Real
-from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
-if TYPE_CHECKING:
-    from images import Photo
+from PIL.PngImagePlugin import ChunkStream, PngInfo
 
 STAMP = 0x9213  # ImageHistory, an EXIF tag: every format that is written has EXIF data
-ORIENTATION, X_RESOLUTION, XMP, IPTC = 0x0112, 0x011A, 700, 33723
+ORIENTATION, X_RESOLUTION, XMP = 0x0112, 0x011A, 700
+IPTC, PHOTOSHOP_IPTC = 33723, 0x0404
 EXIF_IFD, GPS_IFD, INTEROPERABILITY = 0x8769, 0x8825, 0xA005
 WIDTH, HEIGHT = 0xA002, 0xA003
 # What tells about the image, not how its file was laid out: description, camera, software,
 # date, author, host, rating, copyright, Exif, GPS, Windows' title to subject.
 KEPT_TAGS = {270, 271, 272, 305, 306, 315, 316, 18246, 18249, 33432, EXIF_IFD, GPS_IFD}
 KEPT_TAGS |= set(range(40091, 40096))
-PNG_XMP, PNG_SIGNATURE = "XML:com.adobe.xmp", b"\x89PNG\r\n\x1a\n"
+PNG_XMP = "XML:com.adobe.xmp"
 SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green, blue
 
 
@@ -44,35 +38,25 @@ def kept_exif(image: Image.Image) -> Image.Exif | None:
     exif, kept = exif_of(image), Image.Exif()
     kept.endian = exif.endian
     for tag in KEPT_TAGS & set(exif):
-        value = exif[tag]
-        if tag in (EXIF_IFD, GPS_IFD):
-            value = _as_bytes(exif.get_ifd(tag))
-            value.pop(INTEROPERABILITY, None)  # an offset
-            if tag == EXIF_IFD and (within := exif.get_ifd(INTEROPERABILITY)):
-                value[INTEROPERABILITY] = within
-        if value != {}:
-            kept[tag] = value
-    kept.update(_as_bytes(kept))
+        if tag not in (EXIF_IFD, GPS_IFD):
+            kept[tag] = _as_bytes(exif[tag])
+        elif found := exif.get_ifd(tag):
+            found.pop(INTEROPERABILITY, None)  # an offset
+            kept.get_ifd(tag).update({key: _as_bytes(value) for key, value in found.items()})
+            kept[tag] = kept.get_ifd(tag)
     kept.tobytes()  # or raise here, not when all is computed
     return kept if len(kept) else None
 
 
-def _as_bytes(tags: Image.Exif | dict) -> dict:
-    """Returns tags with text as the bytes it was: Pillow reads Latin-1 but writes ASCII."""
-    odd = {tag: each for tag, each in tags.items() if isinstance(each, str) and not each.isascii()}
-    return dict(tags) | {tag: text.encode("latin-1", "replace") for tag, text in odd.items()}
+def _as_bytes(value: object) -> object:
+    """Returns text as the bytes it was: Pillow reads Latin-1 but writes ASCII."""
+    odd = isinstance(value, str) and not value.isascii()
+    return value.encode("latin-1", "replace") if odd else value
 
 
 def result_exif(kept: Image.Exif | None, image: np.ndarray, stamp: str) -> Image.Exif:
     """Returns the EXIF tags of a result: what is kept, its size and its stamp."""
-    exif = Image.Exif()
-    exif.endian = kept and kept.endian
-    for tag, value in (kept or {}).items():
-        if isinstance(value, dict):  # goes where Pillow's TIFF writer looks, too
-            exif.get_ifd(tag).update(value)
-            exif[tag] = exif.get_ifd(tag)
-        else:
-            exif[tag] = value
+    exif = deepcopy(kept) or Image.Exif()
     if EXIF_IFD in exif:
         exif[EXIF_IFD] |= {WIDTH: image.shape[1], HEIGHT: image.shape[0]}
     if stamp:
@@ -86,12 +70,17 @@ def icc_of(image: Image.Image) -> bytes | None:
     return icc if isinstance(icc, bytes) else None
 
 
-def gamma_and_primaries(image: Image.Image) -> tuple[float | None, tuple[float, ...] | None]:
-    """Returns what a PNG tells about its colours unless it says that they are sRGB."""
+def gamma_of(image: Image.Image, notes: list[str]) -> float | None:
+    """Returns the gamma of a PNG without a profile if it is not that of sRGB, such as 1.0."""
     gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
-    if "srgb" in image.info or isinstance(gamma, str) or isinstance(primaries, str):
-        return None, None
-    return gamma, primaries
+    if "srgb" in image.info:
+        return None
+    if isinstance(primaries, tuple) and not np.allclose(primaries, SRGB, atol=2e-3):
+        notes.append("its primaries are left out: its colours will look different")
+    if not isinstance(gamma, float) or gamma <= 0 or abs(gamma - 1 / 2.2) < 2e-3:
+        return None
+    notes.append(f"converted from gamma {gamma:g} to sRGB")
+    return gamma
 
 
 def kept_xmp(image: Image.Image) -> bytes | None:
@@ -102,25 +91,24 @@ def kept_xmp(image: Image.Image) -> bytes | None:
     return re.sub(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[2-8]""", rb"\g<1>1", xmp)
 
 
-def kept_text(image: Image.Image) -> tuple[dict[str, str], list[str]]:
-    """Returns texts by keyword, and the names of what is not kept."""
-    text, lost = {}, []
+def text_of(image: Image.Image) -> dict[str, str]:
+    """Returns PNG texts by keyword; the comment of another format is "Comment"."""
     if image.format == "PNG":
-        text = {key: each for key, each in image.info.items() if isinstance(each, str)}
-        text.pop(PNG_XMP, None)
-        lost = [key for key in text if key.startswith("Raw profile type")]  # of ImageMagick
-        text = {key: each for key, each in text.items() if key not in lost}
-    elif comment := image.info.get("comment"):
-        comment = comment.rstrip(b"\0")
-        try:
-            text["Comment"] = comment.decode()
-        except UnicodeDecodeError:
-            text["Comment"] = comment.decode("latin-1")
-    elif image.format == "TIFF":
-        lost = ["IPTC"] * (IPTC in image.tag_v2)
-    if image.format in ("JPEG", "MPO") and 0x0404 in image.info.get("photoshop", {}):
-        lost.append("IPTC")
-    return text, lost
+        texts = {key: each for key, each in image.info.items() if isinstance(each, str)}
+        texts.pop(PNG_XMP, None)
+        return texts
+    comment = image.info.get("comment", b"").rstrip(b"\0")
+    try:
+        text = comment.decode()
+    except UnicodeDecodeError:
+        text = comment.decode("latin-1")
+    return {"Comment": text} if text else {}
+
+
+def has_iptc(image: Image.Image) -> bool:
+    """Returns whether there are IPTC data, the captions of the press."""
+    blocks, tags = image.info.get("photoshop", {}), getattr(image, "tag_v2", {})
+    return IPTC in tags or (image.format != "PNG" and PHOTOSHOP_IPTC in blocks)
 
 
 def dpi_of(image: Image.Image) -> tuple[float, float] | None:
@@ -133,54 +121,27 @@ def dpi_of(image: Image.Image) -> tuple[float, float] | None:
     return None
 
 
-def is_srgb(photo: "Photo") -> bool:
-    """Returns whether a photo looks the same without its gamma and primaries."""
-    near = np.allclose(photo.primaries or SRGB, SRGB, atol=2e-3)
-    return bool(near and abs((photo.gamma or 1 / 2.2) - 1 / 2.2) < 2e-3)
-
-
 # PNG ------------------------------------------------------------------------------------------
 
 
-def chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Yields type and length of a PNG's chunks; the file then stands where the contents begin."""
-    at = len(PNG_SIGNATURE)
-    while file.seek(at) and len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        yield kind, length
-        at += 12 + length
+def skip_checksums_of_extras() -> None:
+    """Makes Pillow read PNGs whose texts or other extras have wrong checksums, as viewers do."""
+    check = ChunkStream.crc
 
-
-def without_damaged_chunks(file: BinaryIO) -> tuple[io.BytesIO, set[str]]:
-    """Returns a PNG without the chunks that viewers skip for a wrong checksum, and their types."""
-    sound, lost = io.BytesIO(), set()
-    file.seek(0)
-    sound.write(file.read(8))
-    for kind, length in chunks(file) if sound.getvalue() == PNG_SIGNATURE else ():
-        data, checksum = file.read(length), file.read(4)
-        if kind[:1].islower() and checksum != struct.pack(">I", zlib.crc32(kind + data)):
-            lost.add(kind.decode("latin-1"))
+    def crc(stream: ChunkStream, kind: bytes, data: bytes) -> None:
+        if kind[:1].islower():
+            stream.crc_skip(kind, data)
         else:
-            sound.write(struct.pack(">I", length) + kind + data + checksum)
-    sound.seek(0)
-    return sound, lost
+            check(stream, kind, data)
+
+    ChunkStream.crc = crc
 
 
-def png_info(photo: "Photo", exif: Image.Exif) -> PngInfo:
-    """Returns the chunks of what belongs to an image."""
+def png_info(xmp: bytes | None, texts: dict[str, str]) -> PngInfo:
+    """Returns the chunks of XMP and texts."""
     info = PngInfo()
-    if photo.icc:
-        info.add(b"iCCP", b"ICC profile\0\0" + zlib.compress(photo.icc))
-    if photo.gamma:
-        info.add(b"gAMA", struct.pack(">I", round(photo.gamma * 100_000)))
-    if photo.primaries:
-        info.add(b"cHRM", struct.pack(">8I", *(round(each * 100_000) for each in photo.primaries)))
-    if photo.dpi:
-        info.add(b"pHYs", struct.pack(">IIB", *(round(each / 0.0254) for each in photo.dpi), 1))
-    if photo.xmp:
-        info.add_itxt(PNG_XMP, photo.xmp)
-    for key, value in photo.text.items():
+    if xmp:
+        info.add_itxt(PNG_XMP, xmp)
+    for key, value in texts.items():
         info.add_text(key, value)
-    if len(exif):  # last: to Pillow, a text "exif" is the same thing
-        info.add(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
     return info
