@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,16 +30,14 @@ from torch import nn
 
 import console
 import device
-import files
 import images
 import inference
 import join_slice_images
 import losses
 import models
-import pipeline
 import slice_images_w_overlapping
 import tiles
-from tiles import HR, LR, SCALE
+from tiles import HR, LR, OUTPUT, SCALE, TEST, TILES, TRAINING
 
 SIDE = 600  # LR pixels of the image to enlarge
 TILE, CELL = 68, 60  # LR pixels the original computes at a time, and what of them is new
@@ -57,14 +56,8 @@ def main() -> None:
     add("--measure", choices=STAGES, help=argparse.SUPPRESS)
     add("--plain", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    kind = device.choose_kind(options.device)  # or say at once that there is none
     if options.measure:
-        opened = nullcontext(device.Device(torch.device(kind)))  # without what is done for speed
-        if not options.plain:
-            training = options.measure == "training step"
-            opened = device.open_device(options.device, options.precision, training)
-        with opened as on:
-            print(json.dumps([STAGES[options.measure][0](on, options.plain), memory(kind)]))
+        measure(options)
         return
 
     rounds = [(stage, plain) for stage in STAGES for plain in (True, False)] * options.repeats
@@ -74,22 +67,26 @@ def main() -> None:
         command += ["--precision", options.precision, *["--plain"] * plain]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found.setdefault((stage, plain), []).append(json.loads(done.stdout.splitlines()[-1]))
-    line = "{:16} {:>10} {:>10} {:>8} {:>28} {:>11}".format
-    console.info(line("", "plain", "ours", "ratio", "throughput", "memory"))
-    for stage, (_, amount, unit) in STAGES.items():
+    line = "{:16} {:>10} {:>10} {:>8} {:>11}".format
+    console.info(line("", "plain", "ours", "ratio", "memory"))
+    for stage in STAGES:
         plain, ours = (median(each[0] for each in found[stage, way]) for way in (True, False))
-        mebibytes = median(each[1] for each in found[stage, False]) / 2**20
-        speed, ratio = f"{amount / ours:.3g} {unit}/s", f"{plain / ours:.1f}x"
-        times = f"{plain:.3g} s", f"{ours:.3g} s"
-        console.info(line(stage, *times, ratio, speed, f"{mebibytes:.0f} MiB"))
+        used = median(each[1] for each in found[stage, False]) / 2**20
+        times = f"{plain:.3g} s", f"{ours:.3g} s", f"{plain / ours:.1f}x"
+        console.info(line(stage, *times, f"{used:.0f} MiB"))
 
 
-def memory(kind: str) -> int:
-    """Returns the most bytes that this process, or one that it started, has used."""
-    if kind == "cuda":
-        return torch.cuda.max_memory_allocated()
-    both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return max(resource.getrusage(who).ru_maxrss * 1024 for who in both)  # KiB on Linux
+def measure(options: argparse.Namespace) -> None:
+    """Prints the seconds of one measurement and the most bytes that this process has used."""
+    kind = device.choose_kind(options.device)
+    opened = nullcontext(device.Device(torch.device(kind)))  # without what is done for speed
+    if not options.plain:
+        training = options.measure == "training step"
+        opened = device.open_device(options.device, options.precision, training)
+    with opened as on:
+        seconds = STAGES[options.measure](on, options.plain)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+    print(json.dumps([seconds, torch.cuda.max_memory_allocated() if kind == "cuda" else used]))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -141,11 +138,6 @@ def test(on: device.Device, plain: bool, with_edges: bool = True) -> float:
     return median(timed(tile) for _ in range(5)) * (SIDE / CELL) ** 2
 
 
-def test_without_edges(on: device.Device, plain: bool) -> float:
-    """Measures a whole image by the SRResNet alone."""
-    return test(on, plain, with_edges=False)
-
-
 def train(on: device.Device, plain: bool) -> float:
     """Measures a step of the generator: forward, backward, update."""
     generator = models.Generator(*GENERATOR).to(on.torch_device)
@@ -168,55 +160,50 @@ def train(on: device.Device, plain: bool) -> float:
 
 def slicing(_: device.Device, plain: bool) -> float:
     """Measures slicing a pair of 600 x 600 and 2400 x 2400 pixels."""
-    with tempfile.TemporaryDirectory() as name:
-        grid, folders = tiles.Grid(SIDE, SIDE), {}
-        for size, scale in ((LR, 1), (HR, SCALE)):
-            folders[scale] = Path(name) / tiles.TRAINING / size
-            (folders[scale] / tiles.TILES).mkdir(parents=True)
-            for number in range(IMAGES):
-                images.write_png(folders[scale] / f"{number}.png", photograph(scale * SIDE, number))
+    with tempfile.TemporaryDirectory() as root:
+        folders = [write_images(Path(root, TRAINING, LR)), write_images(Path(root, TRAINING, HR))]
 
         def slice_plainly() -> None:
-            for scale, folder in folders.items():
+            for folder, scale in zip(folders, (1, SCALE), strict=True):
                 for path in folder.glob("*.png"):
-                    image = np.asarray(Image.open(path))
+                    image, grid = np.asarray(Image.open(path)), tiles.Grid(SIDE, SIDE)
                     for at in grid:
-                        tile = folder / tiles.TILES / tiles.tile_name(path.stem, *at)
-                        Image.fromarray(tiles.cut_tile(image, grid, *at, scale)).save(tile)
+                        tile = Image.fromarray(tiles.cut_tile(image, grid, *at, scale))
+                        tile.save(folder / TILES / tiles.tile_name(path.stem, *at))
 
-        def slice_ours() -> None:
-            slice_images_w_overlapping.main(["--root", name])
-
-        return timed(slice_plainly if plain else slice_ours) / IMAGES
+        ours = partial(slice_images_w_overlapping.main, ["--root", root])
+        return timed(slice_plainly if plain else ours) / IMAGES
 
 
 def joining(_: device.Device, plain: bool) -> float:
     """Measures joining 2400 x 2400 pixels; plainly, the tiles' insides side by side."""
-    with tempfile.TemporaryDirectory() as name:
-        grid, folder = tiles.Grid(SIDE, SIDE), Path(name) / tiles.TEST / LR
-        output = folder / tiles.OUTPUT
-        output.mkdir(parents=True)
-        for number in range(IMAGES):
-            path, sr = folder / f"{number}.png", photograph(SCALE * SIDE, number)
-            images.write_png(path, photograph(SIDE, number))
-            stamp = str(pipeline.Stamp(files.digest(path), str(grid)))
-            for at in grid:
-                tile = tiles.cut_tile(sr, grid, *at, SCALE)
-                images.write_png(output / tiles.tile_name(path.stem, *at), tile, stamp)
+    with tempfile.TemporaryDirectory() as root:
+        folder, grid = write_images(Path(root, TEST, LR)), tiles.Grid(SIDE, SIDE)
+        slice_images_w_overlapping.main(["--root", root])
+        for path in (folder / TILES).iterdir():
+            tile = images.bicubic(images.read_image(path), SCALE)
+            images.write_png(folder / OUTPUT / path.name, tile, images.read_stamp(path))
 
         def join_plainly() -> None:
             margin = SCALE * grid.pad // 2
-            for number in range(IMAGES):
+            for path in folder.glob("*.png"):
                 image = np.empty((SCALE * SIDE, SCALE * SIDE, 3), np.uint8)
                 for at in grid:
-                    tile = np.asarray(Image.open(output / tiles.tile_name(str(number), *at)))
-                    image[grid.cell(*at, SCALE)] = tile[margin:-margin, margin:-margin]
-                Image.fromarray(image).save(output / f"joined_{number}.png")
+                    tile = Image.open(folder / OUTPUT / tiles.tile_name(path.stem, *at))
+                    image[grid.cell(*at, SCALE)] = np.asarray(tile)[margin:-margin, margin:-margin]
+                Image.fromarray(image).save(folder / OUTPUT / f"joined_{path.name}")
 
-        def join_ours() -> None:
-            join_slice_images.main(["--root", name])
+        ours = partial(join_slice_images.main, ["--root", root])
+        return timed(join_plainly if plain else ours) / IMAGES
 
-        return timed(join_plainly if plain else join_ours) / IMAGES
+
+def write_images(folder: Path) -> Path:
+    """Writes the images that a folder of this name holds, and returns it."""
+    (folder / TILES).mkdir(parents=True)
+    side = SIDE if folder.name == LR else SCALE * SIDE
+    for number in range(IMAGES):
+        images.write_png(folder / f"{number}.png", photograph(side, number))
+    return folder
 
 
 def photograph(side: int, number: int = 0) -> np.ndarray:
@@ -226,13 +213,12 @@ def photograph(side: int, number: int = 0) -> np.ndarray:
     return np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
-# What a stage is measured by, and how much it makes in that time.
-STAGES: dict[str, tuple[Callable[[device.Device, bool], float], float, str]] = {
-    "test": (test, SIDE**2 / 1e6, "LR megapixels"),
-    "test, no edges": (test_without_edges, SIDE**2 / 1e6, "LR megapixels"),
-    "training step": (train, BATCH, "HR patches"),
-    "slicing": (slicing, SIDE**2 / 1e6, "LR megapixels"),
-    "joining": (joining, SIDE**2 / 1e6, "LR megapixels"),
+STAGES: dict[str, Callable[[device.Device, bool], float]] = {
+    "test": test,
+    "test, no edges": partial(test, with_edges=False),
+    "training step": train,
+    "slicing": slicing,
+    "joining": joining,
 }
 
 if __name__ == "__main__":

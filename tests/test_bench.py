@@ -19,8 +19,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("stage", bench.STAGES)
 @pytest.mark.parametrize("plain", [True, False])
 def test_every_stage_is_measured(stage, plain):
-    work, amount, _ = bench.STAGES[stage]
-    assert work(device.Device(torch.device("cpu")), plain) > 0 and amount > 0
+    assert bench.STAGES[stage](device.Device(torch.device("cpu")), plain) > 0
 
 
 def test_the_columns_of_the_table_stay_apart(monkeypatch, capsys):
