@@ -39,7 +39,7 @@ STAGES = {  # of each command that trains
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
 COMMANDS: dict[str, Callable[..., None]] = {}
 fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-toggled_options: list[str] = []  # of a command line without a command: for the last lines
+toggled = Namespace()  # options of a command line without a command: for the last lines
 
 
 def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
@@ -50,15 +50,14 @@ def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
 
     @wraps(work)
     def call(*paths: str | Path, **given: object) -> None:
-        parser = parser_of(*(COMMANDS if toggled_options else [work.__name__]))
-        argv = [*toggled_options, *map(str, paths)]
+        parser, argv = parser_of(work.__name__), [*map(str, paths)]
         for key, value in given.items():
             name = f"--{key.replace('_', '-')}"
             if name not in parser.names:
                 raise TypeError(f"{work.__name__}() has no option {key}")
             if value is not None and value is not False:
                 argv.append(name if value is True else f"{name}={value}")
-        work(parser.parse_args(argv))
+        work(parser.parse_args(argv, Namespace(**vars(toggled))))
 
     COMMANDS[work.__name__] = call
     return call
@@ -312,13 +311,9 @@ def evaluate(options: Namespace) -> None:
     table, missing = known[0].target.with_name("metrics.csv"), len(jobs) - len(known)
     where = f"{table}; {missing} more without ground truth" if missing else table
     with open_device(options.device, "fp32") as device:
-        work, finish = (
-            partial(evaluate_image, hr, rows, device),
-            partial(write_table, table, rows, device),
-        )
-        pipeline.for_each(
-            known, work, "Evaluated", where, problems=problems, device=device, before_report=finish
-        )
+        work = partial(evaluate_image, hr, rows, device)
+        pipeline.for_each(known, work, "Evaluated", where, problems=problems, device=device)
+        write_table(table, rows, device)
 
 
 def evaluate_image(
@@ -356,10 +351,8 @@ def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device")
 
 def parser_of(*names: str, is_help: bool = False) -> console.Parser:
     """Returns the parser of a command's options, or of several commands'."""
-    doc, prog = (
-        (COMMANDS[names[0]].__doc__, f"main.py {names[0]}") if len(names) == 1 else ("", None)
-    )
-    parser = console.Parser(doc, prog=prog)
+    doc = COMMANDS[names[0]].__doc__ if len(names) == 1 else __doc__
+    parser = console.Parser(doc, prog="main.py" + f" {names[0]}" * (len(names) == 1))
     add, root, chosen = parser.add_argument, console.ROOT, set(names)
     add("--root", type=console.existing_folder, default=root, help="folder of the image sets")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
@@ -418,37 +411,29 @@ def recipe_values(names: list[str], field: str) -> str:
     """Returns the stages' own values of an option, as the help shows them."""
     import stages
 
-    values = [getattr(stages.STAGES[name].recipe, field) for name in names]
-    texts = [
-        "-".join(map(str, sorted(set(v)))) if isinstance(v, tuple) else f"{v:g}" for v in values
-    ]
-    own = [f"{text} in {name}" for text, name in zip(texts, names, strict=True)]
-    return ", ".join(own if len(set(texts)) > 1 else texts[:1])
+    values = [(getattr(stages.STAGES[name].recipe, field), name) for name in names]
+    return ", ".join(f"{value} in {name}" for value, name in values)
 
 
 def run(argv: list[str]) -> bool:
     """Runs the command that a command line names; returns whether it names one."""
     name, *rest = argv or [""]
-    is_help = bool({"-h", "--help"} & set(argv))
     if name in COMMANDS:
+        is_help = bool({"-h", "--help"} & set(rest))
         COMMANDS[name].__wrapped__(parser_of(name, is_help=is_help).parse_args(rest))
-    elif is_help:
+        return True
+    if name in ("-h", "--help"):
         console.info(f"{__doc__ or ''}\nCommands; COMMAND --help shows their options:\n")
         for each, call in COMMANDS.items():
             console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
-    else:
-        parser = parser_of(*COMMANDS)
-        stray = [name] if name and not name.startswith("-") else parser.parse_args(argv).images
-        if stray:
-            word = str(stray[0])
-            hint = console.did_you_mean(word, list(COMMANDS))
-            if word in COMMANDS:
-                parser.error(f"{word}: give the command before its options")
-            if not hint and (Path(word).suffix or Path(word).exists()):
-                hint = f"; did you mean `upscale {word}`?"
-            parser.error(f"no command {word}{hint or '; see --help'}")
-        toggled_options[:] = argv
-    return name in COMMANDS or is_help
+        return True
+    parser = parser_of(*COMMANDS)
+    parser.parse_args(argv, toggled)
+    if words := [str(path) for path in toggled.images]:
+        hint = console.did_you_mean(words[0], list(COMMANDS))
+        hint = hint or f"; see --help, or did you mean `upscale {words[0]}`?"
+        parser.error(f"the first argument is to be a command, not {name}{hint}")
+    return False
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ def for_each(
     problems: Sequence[str] = (),
     threads: int = 1,
     device: "Device | None" = None,
-    before_report: Callable[[], None] = lambda: None,
 ) -> None:
     """Works on images one after the other; one that fails costs that image only.
 
@@ -60,7 +59,6 @@ def for_each(
         where: what to look at.
         problems: a line for each file that was skipped before.
         threads: that finish results at the same time.
-        before_report: called in all processes.
 
     Raises:
         StorageError: nothing can be written.
@@ -80,12 +78,15 @@ def for_each(
                     else:
                         report.current += 1
                 while len(waiting) > (threads if number < len(mine) else 0):
-                    report.add(*waiting.popleft())
+                    finished, future = waiting.popleft()
+                    with report.one_image(finished):
+                        for note in future.result() or ():
+                            console.warn(f"{finished.source}: {note}")
+                        report.made += 1
                 bar.update(number - bar.n)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    before_report()
     report.print(done, where, device)
 
 
@@ -112,13 +113,6 @@ class Report:
             text = console.one_line(error)
             named = isinstance(error, ImageError) or getattr(error, "filename", None)
             self.skip(text if named or str(job.source) in text else f"{job.source}: {text}")
-
-    def add(self, job: Job, future: Future) -> None:
-        """Counts an image when it is finished, and prints the notes on it."""
-        with self.one_image(job):
-            for note in future.result() or ():
-                console.warn(f"{job.source}: {note}")
-            self.made += 1
 
     def print(self, done: str, where: Path | str, device: "Device | None") -> None:
         """Prints one line for all processes."""
@@ -256,14 +250,12 @@ def upscale_jobs(
         where = ", ".join(map(str, given))
         raise UserError(f"{where}: no images to upscale; give --recursive for sub-folders")
     if output and output.suffix and not output.is_dir():
-        known = output.suffix.lower() in images.RESULTS
-        if known and len(sources) > 1:
-            raise UserError(f"--output {output}: is one file; give a folder for several images")
-        if known:
-            return [Job("", source, output) for source, _ in sources], problems
-        if len(sources) == 1:
-            suffixes = ", ".join(images.RESULTS)
-            raise UserError(f"--output {output}: the suffix is not one of {suffixes}")
+        if len(sources) > 1 or output.suffix.lower() not in images.RESULTS:
+            raise UserError(
+                f"--output {output}: is taken for a file, for its suffix. A file takes one image"
+                f" and one of {', '.join(images.RESULTS)}; such a folder is to exist already"
+            )
+        return [Job("", source, output) for source, _ in sources], problems
     jobs: dict[Path, Job] = {}  # by target
     for path, base in sources:
         folder = output / path.parent.relative_to(base) if output else path.parent

@@ -599,7 +599,7 @@ def test_help_shows_every_option_with_its_default(capsys, monkeypatch, name):
         (["tset"], ["tset", "mean test"]),
         (["photo.jpg"], ["photo.jpg", "upscale photo.jpg"]),
         (["dance"], ["dance", "--help"]),
-        (["--root", ".", "test"], ["test", "before its options"]),
+        (["--root", ".", "test"], ["--root", "first"]),
         (["--rot", "."], ["--rot", "--root"]),
         (["test", "--ckpt", "a"], ["--ckpt", "--ckpts"]),
         (["test", "image.png"], ["image.png"]),

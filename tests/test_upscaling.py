@@ -124,7 +124,6 @@ def test_a_file_of_weights_can_be_given(upscale, a, tmp_path):
     assert (tmp_path / "a_x4.png").read_bytes() != before
 
 
-@pytest.mark.xfail(reason="weights.interpolate is to come", strict=False)
 def test_texture_lies_between_srresnet_and_srgan(a, tmp_path, capsys):
     folder = tmp_path / "own"
     folder.mkdir()
@@ -181,12 +180,7 @@ def test_a_preview_costs_no_second_prediction_of_edges(upscale, a, tmp_path, mon
 # What is there already ------------------------------------------------------------------------
 
 
-def every_format():
-    waiting = pytest.mark.xfail(reason="only PNG is stamped yet", strict=False)
-    return ["png", *(pytest.param(each, marks=waiting) for each in ANY_FORMAT[1:])]
-
-
-@pytest.mark.parametrize("suffix", every_format())
+@pytest.mark.parametrize("suffix", ANY_FORMAT)
 def test_results_are_known_again_whatever_their_format_and_name(upscale, a, tmp_path, suffix):
     target = tmp_path / f"holiday.{suffix}"
     assert upscale(a, "--output", target)[0] == 0
