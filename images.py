@@ -125,11 +125,8 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Returns height and width of `read_image`, from the header if it tells."""
+    """Returns height and width of `read_image` from the header alone; raises as that does."""
     with _open(path) as image:
-        if image.format == "PNG" and "exif" not in image.info:
-            with _pillow(path):
-                image.load()  # EXIF data may follow the pixels
         sideways = _orientation(path, image) >= 5
         return (image.width, image.height) if sideways else (image.height, image.width)
 
@@ -200,9 +197,12 @@ def _decode(
 ) -> tuple[np.ndarray, np.ndarray | None, bytes | None]:
     """Returns RGB, alpha and ICC profile of an open image, and notes what it had to change."""
     kind, packing = image.format, image.tile[0][3] if image.tile else ""  # such as "RGB;16B"
+    orientation = _orientation(path, image)
     with _pillow(path):
         image = _load(path, image, notes)
-    turn, icc = TURNS.get(_orientation(path, image)), metadata.icc_of(image)
+    if _orientation(path, image) != orientation:
+        notes.append("its orientation stands behind its pixels and is ignored")
+    turn, icc = TURNS.get(orientation), metadata.icc_of(image)
     gamma = None if icc or kind != "PNG" else metadata.gamma_of(image, notes)
     image = _to_8_bits(path, image, kind, packing, notes)
     with _pillow(path):
