@@ -53,7 +53,9 @@ def plain_errors() -> Iterator[None]:
         SystemExit: 1 after a UserError, an OSError, full memory, or `warn_incomplete`; 130 after
             Ctrl-C.
     """
-    open_missing_streams()
+    for name in ("stdout", "stderr"):  # or files would get their numbers, to which C writes
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     incomplete.clear()
     try:
         yield
@@ -69,16 +71,6 @@ def plain_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes raise it: one says it
             warn(one_line(error))
         raise SystemExit(1) from None
-
-
-def open_missing_streams() -> None:
-    """Opens the null device for stdout and stderr where the caller closed them, or has none.
-
-    So that no file takes their numbers, to which C libraries write.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 # Messages -------------------------------------------------------------------------------------
@@ -116,27 +108,23 @@ class Output:
         """Does nothing: every text is flushed at once."""
 
 
-def info(text: str) -> None:
-    """Prints a line on stdout, above the bars."""
-    _print(text, "stdout")
+def info(text: str, stream: str = "stdout") -> None:
+    """Prints a line above the bars."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=Output(stream))
+    else:
+        Output(stream).write(f"{text}\n")
 
 
 def warn(text: str) -> None:
     """Prints a line on stderr, above the bars."""
-    _print(text, "stderr")
+    info(text, "stderr")
 
 
 def warn_incomplete(report: str) -> None:
     """Prints the report of a command that skipped something, which the exit status will tell."""
     incomplete.append(report)
     warn(report)
-
-
-def _print(text: str, stream: str) -> None:
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(text, file=Output(stream))
-    else:
-        Output(stream).write(f"{text}\n")
 
 
 def progress(*args: object, leave: bool = True, disable: bool = False, **options: object) -> "tqdm":
@@ -241,15 +229,15 @@ def processor_share(most: int | None = None) -> int:
     return min(share, most) if most else share
 
 
-def existing_file(text: str) -> Path:
-    """Parses an option that is the path of a file."""
-    if (file := path(text)).is_file():
-        return file
-    raise argparse.ArgumentTypeError(f"there is no file {text}")
+def existing(kind: str, holds: Callable[[Path], bool]) -> Callable[[str], Path]:
+    """Returns a parser of an option that is the path of something that exists."""
+
+    def parse(text: str) -> Path:
+        if holds(found := path(text)):
+            return found
+        raise argparse.ArgumentTypeError(f"there is no {kind} {text}")
+
+    return parse
 
 
-def existing_folder(text: str) -> Path:
-    """Parses an option that is the path of a folder."""
-    if (folder := path(text)).is_dir():
-        return folder
-    raise argparse.ArgumentTypeError(f"there is no folder {text}")
+existing_file, existing_folder = existing("file", Path.is_file), existing("folder", Path.is_dir)

@@ -8,8 +8,7 @@ torchrun --nproc-per-node=2 main.py train
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -115,16 +114,25 @@ def check_weights(chosen: list[type], options: Namespace) -> None:
 # Testing --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def open_enlarger(options: Namespace, shares: dict[Path, float]) -> Iterator["Enlarger"]:
-    """Opens the device and loads the networks; without `shares`, the edge generator alone."""
+def enlarge(
+    options: Namespace,
+    shares: dict[Path, float],
+    found: tuple[list[Job], list[str]],
+    work: Callable[["Enlarger", Job, OnProgress], Finish | None],
+    done: str,
+    where: Path | str,
+) -> None:
+    """Has images worked on with the networks; without `shares`, the edge generator alone."""
     from device import open_device
     from inference import Enlarger
 
+    jobs, problems = found
     with open_device(options.device, options.precision) as device:
         if device.rank == 0:
             console.info(device.describe())
-        yield Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
+        enlarger = Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
+        work = partial(work, enlarger)
+        pipeline.for_each(jobs, work, done, where, problems=problems, device=device)
 
 
 def chosen_generators(options: Namespace) -> dict[Path, float]:
@@ -144,22 +152,20 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
 @command
 def test(options: Namespace) -> None:
     """Makes HR tiles in TestSet/600px/output of the images that were cut into LR tiles."""
-    jobs, problems = pipeline.test_jobs(options.root)
+    found = pipeline.test_jobs(options.root)
     folder, output = options.root / TEST / tiles.LR / TILES, options.root / TEST / tiles.LR / OUTPUT
     files.check_writable(output)
-    found = tiles.find_tiles(folder), tiles.find_tiles(output)
     hr, _ = tiles.find_images(options.root / TEST / HR)
-    with open_enlarger(options, chosen_generators(options)) as enlarger:
-        work, device = partial(test_image, options, enlarger, *found, hr), enlarger.device
-        pipeline.for_each(jobs, work, "Tested", output, problems=problems, device=device)
+    work = partial(test_image, options, tiles.find_tiles(folder), tiles.find_tiles(output), hr)
+    enlarge(options, chosen_generators(options), found, work, "Tested", output)
 
 
 def test_image(
     options: Namespace,
-    enlarger: "Enlarger",
     lr_tiles: dict[str, dict[tiles.Position, Path]],
     hr_tiles: dict[str, dict[tiles.Position, Path]],
     hr: dict[str, Path],
+    enlarger: "Enlarger",
     job: Job,
     on_progress: OnProgress,
 ) -> Finish | None:
@@ -193,14 +199,10 @@ def edges(options: Namespace) -> None:
     Edit them, or draw others, grey, white on black, and give their folder to `test --edges`.
     Existing ones are kept.
     """
-    jobs, problems = pipeline.test_jobs(options.root, "edges/{}.png")
+    found = pipeline.test_jobs(options.root, "edges/{}.png")
     folder = options.root / TEST / tiles.LR / OUTPUT / "edges"
     files.check_writable(folder)
-    with open_enlarger(options, {}) as enlarger:
-        work, device = partial(predict_edges, enlarger), enlarger.device
-        pipeline.for_each(
-            jobs, work, "Predicted edges of", folder, problems=problems, device=device
-        )
+    enlarge(options, {}, found, predict_edges, "Predicted edges of", folder)
 
 
 def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Finish | None:
@@ -254,9 +256,8 @@ def upscale(options: Namespace) -> None:
         options.images, options.output, f"{ending}.{options.format}", options.recursive
     )
     where = jobs[0].target if len(jobs) == 1 else options.output or "beside the originals"
-    with open_enlarger(options, chosen_generators(options)) as enlarger:
-        work, device = partial(upscale_image, options, enlarger), enlarger.device
-        pipeline.for_each(jobs, work, "Upscaled", where, problems=problems, device=device)
+    found, work = (jobs, problems), partial(upscale_image, options)
+    enlarge(options, chosen_generators(options), found, work, "Upscaled", where)
 
 
 def upscale_image(

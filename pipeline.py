@@ -151,7 +151,7 @@ class Stamp:
     @classmethod
     def read(cls, path: Path) -> "Stamp | None":
         """Returns the stamp in a file; None without one, or without a readable file."""
-        parts = [part.partition("=") for part in (images.read_stamp(path) or "").split()]
+        parts = [part.partition("=") for part in images.read_stamp(path).split()]
         try:
             return cls(**{key: value for key, _, value in parts})
         except TypeError:  # none, or of another version
@@ -238,13 +238,14 @@ def upscale_jobs(
     """
     sources, problems = [], []  # each image with the folder below which it was found
     for path in given:
-        matches = [] if path.exists() else [Path(each) for each in sorted(glob(str(path)))]
-        if not matches and not path.is_dir():
+        found, base = sorted(map(Path, glob(str(path)))), None
+        if path.is_dir():
+            found, base = walk(path, recursive), path
+        elif path.exists() or not found:
             sources.append((path, path.parent))
             continue
-        found, foreign = tiles.select_images(matches or walk(path, recursive))
-        own = [image for image in found if not is_result(image)]
-        sources += [(image, image.parent if matches else path) for image in own]
+        found, foreign = tiles.select_images(found)
+        sources += [(image, base or image.parent) for image in found if not is_result(image)]
         problems += foreign
     if not sources and not problems:
         where = ", ".join(map(str, given))

@@ -2,7 +2,7 @@ import numpy as np
 from conftest import photograph
 
 import images
-from sheets import CAPTION, DETAIL, GAP, draw_preview, draw_sheet
+from sheets import CAPTION, DETAIL, GAP, crop_detail, draw_preview, draw_sheet, find_details
 from tiles import SCALE
 
 
@@ -23,9 +23,9 @@ def test_a_preview_shows_edges_dark_on_white_if_there_are_some():
     lr, sr = photograph(0, 50), photograph(0, 200)
     edges = np.zeros((200, 200), np.uint8)
     columns = [images.bicubic(lr, SCALE), 255 - np.stack([edges] * 3, 2), sr]
+    center, y = find_details(lr, DETAIL // SCALE)[0], 2 * (GAP + CAPTION) + DETAIL
     for hr_edges, expected in ((edges, columns), (None, columns[::2])):
         sheet = draw_preview(lr, sr, hr_edges)
-        for number, image in enumerate(expected):
+        for number, image in enumerate(expected):  # below the whole image
             x = GAP + number * (DETAIL + GAP)
-            detail = sheet[GAP + CAPTION : GAP + CAPTION + DETAIL, x : x + DETAIL]
-            assert (detail == image[4 : 4 + DETAIL, 4 : 4 + DETAIL]).all()
+            assert (sheet[y : y + DETAIL, x : x + DETAIL] == crop_detail(image, center)).all()
