@@ -429,11 +429,12 @@ def run(argv: list[str]) -> bool:
             console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
         return True
     parser = parser_of(*COMMANDS)
-    parser.parse_args(argv, toggled)
-    if words := [str(path) for path in toggled.images]:
+    options = parser.parse_args(argv)
+    if words := [str(path) for path in options.images]:
         hint = console.did_you_mean(words[0], list(COMMANDS))
         hint = hint or f"; see --help, or did you mean `upscale {words[0]}`?"
         parser.error(f"the first argument is to be a command, not {name}{hint}")
+    vars(toggled).update(vars(options))
     return False
 
 
