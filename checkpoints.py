@@ -3,7 +3,6 @@
 import contextlib
 import filecmp
 import itertools
-import math
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import console
 import files
 import metrics
 import weights
-from console import UserError
+from console import NotFiniteError, UserError
 from metrics import Metrics
 from stages import Stage, weight_path
 
@@ -33,8 +32,10 @@ class Progress:
     best_step: int = 0
 
 
-def begin(stage: Stage, options: Namespace, settings: dict) -> dict:
-    """Returns a training's `folder`, its `state` to resume from or None, and its `settings`.
+def begin(
+    stage: Stage, options: Namespace, settings: dict
+) -> tuple[Path, dict[str, dict] | None, dict]:
+    """Returns a training's folder, its state to resume from or None, and its complete settings.
 
     A state is not continued whose stage started from weights that are others now: an earlier stage
     has been trained since.
@@ -44,9 +45,11 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> dict:
     """
     runs = options.runs / stage.name
     start = stage.starts_from and not options.init and weight_path(options, stage.starts_from)
-    settings = settings | {START: files.digest(start) if start else ""}
-    numbers = (path.parent.name for path in runs.glob("*/state.pth"))
-    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    needed = [weight_path(options, name) for name in stage.needs]
+    settings = settings | {path.name: files.digest(path) for path in needed}
+    settings[START] = files.digest(start) if start else ""
+    numbers = [int(path.name) for path in runs.glob("*") if path.name.isdecimal()]
+    last = max((n for n in numbers if (runs / f"{n}/state.pth").exists()), default=None)
     if options.resume and last:
         path = runs / str(last) / "state.pth"
         state = weights.load_file(path)
@@ -56,27 +59,14 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> dict:
         if options.accept_changes or before == now or not (before and now):
             settings[START] = now if options.accept_changes else before
             check(path, state, settings, options.accept_changes)
-            return {"folder": str(path.parent), "state": state, "settings": settings}
+            return path.parent, state, settings
         console.info(f"{path}: {start} is new since; {stage.name} starts from scratch")
     elif options.resume:
-        old = options.ckpts / f"{stage.name}.state.pth"
-        if old.exists():
-            raise UserError(
-                f"{old}: an earlier version wrote it; leave --resume out and go on from its weights"
-                f" with --init {weight_path(options, stage.name)}"
-            )
         console.info(f"{runs}: no run to continue; {stage.name} starts from scratch")
-    return {"folder": str(new_folder(runs)), "state": None, "settings": settings}
-
-
-def new_folder(runs: Path) -> Path:
-    """Makes and returns a folder of its own for a training, also if two ask for one at once."""
-    numbers = [int(path.name) for path in runs.glob("*") if path.name.isdecimal()]
     for number in itertools.count(max(numbers, default=0) + 1):
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # another training has just made it
             (runs / str(number)).mkdir(parents=True)
-            break
-    return runs / str(number)
+            return runs / str(number), None, settings
 
 
 def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None:
@@ -85,7 +75,11 @@ def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None
     Raises:
         UserError: it is of another training than the one asked for.
     """
-    changes = differences(state["settings"], settings)
+    before, changes = state["settings"], {}
+    for key in sorted(before.keys() | settings.keys()):
+        if before.get(key) != settings.get(key):
+            change = f"{key} {before.get(key)} -> {settings.get(key)}"
+            changes[key] = change if len(change) < 120 else f"other {key}"
     step, steps = state["progress"]["step"], settings["steps"]
     if step > steps:
         raise UserError(f"{path}: is at step {step} already; give --steps above {steps}")
@@ -100,128 +94,85 @@ def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None
     console.info(f"{path.parent}: continues at step {step}{more}")
 
 
-def differences(before: dict, after: dict) -> dict[str, str]:
-    """Returns a phrase for every value that differs."""
-    phrases = {}
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if old != new and isinstance(new, list) and len(new) > 4:
-            count = len(set(map(str, new)) ^ set(map(str, old or [])))
-            phrases[key] = f"{key}: {count} of them differ"
-        elif old != new:
-            phrases[key] = f"{key} {old} -> {new}"
-    return phrases
+def save(folder: Path, parts: dict, done: Progress, settings: dict) -> None:
+    """Writes a training's averaged weights, `latest.pth`, and its state, `state.pth`.
 
-
-def save_anyway(
-    save: Callable[[Path], None], folder: Path, spare: Path, name: str, step: int
-) -> None:
-    """Saves a training that an error ends, and says so, or why not.
-
-    Args:
-        save: writes to a folder.
-        folder: of the training.
-        spare: in the place of `{runs}`, for another disk than a full one.
+    Raises:
+        NotFiniteError: a weight is not finite; nothing is written.
     """
-    for place in (folder, spare / name / folder.name):
-        try:
-            save(place)
-        except Exception as error:  # the first error is the one to raise
-            console.warn(f"{place}: {name} could not be saved: {console.one_line(error)}")
-        else:
-            where = "" if place == folder else f" --runs {spare}"
-            console.warn(f"{name} saved at step {step}; continue with --resume{where}")
-            return
+    current = {key: part.state_dict() for key, part in parts.items()}
+    if not is_finite(current):
+        raise NotFiniteError("not finite")
+    weights.save_network(parts["ema"], folder / "latest.pth")
+    content = {"progress": vars(done), "settings": settings, "parts": current}
+    weights.save_file(content, folder / "state.pth")
+
+
+def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
+    """Saves a training that an error ends, and says so, or why not."""
+    try:
+        save()
+    except Exception as error:  # the first error is the one to raise
+        console.warn(f"{folder}: step {done.step} could not be saved: {console.one_line(error)}")
+    else:
+        console.warn(f"{folder}: saved at step {done.step}; continue with --resume")
 
 
 def publish(
-    stage: Stage,
-    folder: Path,
-    target: Path,
-    done: Progress,
-    before: Metrics,
-    reference: Metrics,
-    complete: bool = True,
+    stage: Stage, folder: Path, target: Path, done: Progress, before: Metrics, reference: Metrics
 ) -> None:
     """Copies a training's best weights to where tests and later stages look for them.
 
-    Unless those there validate as well: a short trial must not replace good weights. Nor does an
-    interrupted training publish what has not been validated since it began. What is replaced is
-    kept in the training's folder.
+    Unless those there validate as well: a short trial must not replace good weights. What has not
+    been validated is published only when the training is complete. What is replaced is kept in the
+    training's folder.
 
     Args:
         before: metrics of the weights there, {} if there are none.
         reference: metrics of what the stage is compared with.
-        complete: the training came to its last step.
     """
     source, step = folder / "latest.pth", done.step
+    better = step >= stage.recipe.steps
     if done.best:
         source, step = folder / "best.pth", done.best_step
-    rows = [(stage.compared_with, reference), ("before", before), (f"step {step}", done.best)]
-    if complete and done.best:
+        better = stage.better(done.best, before)
+        rows = (stage.compared_with, reference), ("before", before), (f"step {step}", done.best)
         metrics.print_table([row for row in rows if row[1]])
-    if same(source, target):
-        console.info(f"{target}: holds the best weights of {folder} already")
-    elif not (complete or (done.best and done.best_step)):
-        console.info(f"{target}: unchanged, as nothing of {source} is validated yet")
-    elif before and not stage.better(done.best, before):
-        key = stage.best_by
+    there = target.exists()
+    if there and source.exists() and filecmp.cmp(source, target, shallow=False):
+        console.info(f"{target}: is {source} already, of step {step}")
+    elif not better:
         console.info(
-            f"{target}: unchanged, as its {key} {before[key]:.4f} is no worse than"
-            f" {done.best.get(key, math.nan):.4f} of {source}; copy that file to use it anyway"
+            f"{target}: unchanged, as {source} has not proved better; copy that file to use it"
         )
     else:
-        kept = keep(target, folder)
-        with files.replacing(target, durable=True) as temporary:
-            shutil.copyfile(source, temporary)
-        console.info(f"{target}: now {source}, of step {step}{kept}")
-
-
-def same(path: Path, other: Path) -> bool:
-    """Returns whether two files are there and of one content."""
-    return path.exists() and other.exists() and filecmp.cmp(path, other, shallow=False)
-
-
-def keep(path: Path, folder: Path) -> str:
-    """Copies a file that is about to be replaced to a folder; returns a phrase that says where."""
-    if not path.exists() or any(same(path, other) for other in folder.glob("*.pth")):
-        return ""
-    names = itertools.chain(["replaced.pth"], (f"replaced.{n}.pth" for n in itertools.count(2)))
-    kept = next(folder / name for name in names if not (folder / name).exists())
-    with files.replacing(kept) as temporary:
-        shutil.copyfile(path, temporary)
-    return f"; what it replaces is {kept}"
-
-
-def states(parts: dict) -> dict:
-    """Returns the state dicts of networks and optimisers, on the CPU."""
-    return {key: on_cpu(part.state_dict()) for key, part in parts.items()}
-
-
-def on_cpu(state: object) -> object:
-    """Returns a state, however nested, with its tensors on the CPU, in the layout they have."""
-    if isinstance(state, Tensor):
-        return state.detach().cpu()
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    return list(map(on_cpu, state)) if isinstance(state, list) else state
+        kept = folder / f"replaced-{files.digest(target)}.pth" if there else None
+        for old, new in ((target, kept), (source, target)):
+            if new:
+                with files.replacing(new, durable=True) as temporary:
+                    shutil.copyfile(old, temporary)
+        replaced = f"; what it replaces is {kept}" if kept else ""
+        console.info(f"{target}: now {source}, of step {step}{replaced}")
 
 
 def restore(parts: dict, state: dict, path: Path) -> None:
-    """Loads networks and optimisers from a state.
+    """Loads networks and optimisers from a state; the optimisers keep their settings.
 
     Raises:
         UserError: it is of other networks, or not finite.
     """
     try:
         for key, part in parts.items():
+            own = getattr(part, "param_groups", [])
             part.load_state_dict(state["parts"][key])
+            for group, given in zip(getattr(part, "param_groups", []), own, strict=True):
+                group |= {"factor": given["factor"], "betas": given["betas"]}
     except (KeyError, RuntimeError, ValueError) as error:
         reason = console.one_line(error)[:200]
         raise UserError(
             f"{path}: does not fit this training ({reason}); leave --resume out"
         ) from error
-    if not is_finite(states(parts)):
+    if not is_finite(state["parts"]):
         raise UserError(f"{path}: holds weights that are not finite; leave --resume out")
 
 

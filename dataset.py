@@ -4,11 +4,8 @@ All randomness follows from (seed, batch number), so that training can go on aft
 another number of processes with as large a batch in all, with the very crops it would have seen.
 """
 
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +56,7 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
     firsts = {name: [min(found[name].items())[1] for found in (lr_tiles, hr_tiles)] for name in lr}
     jobs = [job for name in pairs for job in zip(pairs[name], firsts[name], strict=True)]
-    with ThreadPoolExecutor(device.processor_share()) as pool:
+    with ThreadPoolExecutor(console.processor_share()) as pool:
         checks = pool.map(check_tile, *zip(*jobs, strict=True))
         list(console.progress(checks, "Checking tiles", len(jobs), leave=False, unit="tile"))
     names, count = list(pairs), min(held_out, len(pairs) // 4)
@@ -184,28 +181,28 @@ class PairedTiles(Dataset):
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
-        self.shapes = [tuple(side + 1 for side in shapes[name]) for name, _ in places]  # at most
-        self.largest, self.decoded = largest, None
+        pixels = sum(shapes[name][0] * shapes[name][1] for name, _ in places)
+        self.size = 3 * pixels * (1 + SCALE**2)  # bytes of all tiles, decoded
+        self.in_memory: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def keep(self, crops: int) -> None:
-        """Has tiles kept in memory once they are decoded, if half of what is free holds them all.
+    def keep_in_memory(self) -> None:
+        """Decodes all tiles, for this process and its forks, if half of free memory holds them.
 
-        And HR tiles' edges, if that is less work than those of the crops and their margins.
-
-        Args:
-            crops: how many this process is to draw in all.
+        Raises:
+            ImageError: a tile cannot be used.
         """
-        work = crops * (self.largest + 2 * images.CANNY_REACH) ** 2
-        edges = "hr" in self.edges and work > sum(map(prod, self.shapes))
-        if sum(Decoded.sizes(self.shapes, edges)) < device.free_memory() / 2:
-            self.decoded = Decoded(self.shapes, edges)
+        if self.size < device.free_memory() / 2:
+            with ThreadPoolExecutor(console.processor_share()) as pool:
+                found = pool.map(self.load, range(len(self)))
+                bar = console.progress(found, "Decoding tiles", len(self), leave=False, unit="tile")
+                self.in_memory = list(bar)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getstate__(self) -> dict:
         """Returns what a process gets that is not a fork; it decodes tiles by itself."""
-        return self.__dict__ | {"decoded": None}
+        return self.__dict__ | {"in_memory": []}
 
     def __getitem__(self, request: CropRequest) -> dict[str, Tensor] | Exception:
         try:
@@ -220,7 +217,7 @@ class PairedTiles(Dataset):
             ImageError: the tile cannot be used.
         """
         rng = np.random.default_rng((*request.seed, 2))
-        lr, hr, *hr_edges = self.load(request.tile)
+        lr, hr = self.load(request.tile)
         height, width, _ = lr.shape
         top = int(rng.integers(height - request.size + 1))
         left = int(rng.integers(width - request.size + 1))
@@ -232,65 +229,19 @@ class PairedTiles(Dataset):
 
         area = slice(top, top + request.size), slice(left, left + request.size)
         quality = quality if compressed else None
-        item = crop_pair(lr, hr, area, self.edges, changes, quality, *hr_edges)
+        item = crop_pair(lr, hr, area, self.edges, changes, quality)
         item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
         return item | {"softness": softness}
 
-    def load(self, number: int) -> list[np.ndarray]:
-        """Returns LR tile, HR tile and, if memory holds them, the HR tile's edges."""
-        if self.decoded and (kept := self.decoded.get(number)):
-            return kept
-        lr, hr = found = [images.read_image(path) for path in self.pairs[number]]
+    def load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an LR tile and its HR tile."""
+        if self.in_memory:
+            return self.in_memory[number]
+        lr, hr = (images.read_image(path) for path in self.pairs[number])
         if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
             hr_path = self.pairs[number][1]
             raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {SLICE} again")
-        if self.decoded:
-            found += [images.canny(hr)] if self.decoded.edges else []
-            self.decoded.put(number, found)
-        return found
-
-
-class Decoded:
-    """Decoded tiles, each kept when it is first used, in memory that forked processes share.
-
-    Args:
-        largest: height and width that each LR tile has at most.
-        edges: keep the HR tiles' edges too.
-    """
-
-    def __init__(self, largest: list[tuple[int, ...]], edges: bool) -> None:
-        self.edges = edges
-        self.starts = list(accumulate(self.sizes(largest, edges), initial=0))
-        self.memory = np.frombuffer(mmap.mmap(-1, self.starts[-1]), np.uint8)
-        self.shapes = np.frombuffer(mmap.mmap(-1, 8 * len(largest)), np.int32).reshape(-1, 2)
-
-    @staticmethod
-    def sizes(largest: list[tuple[int, ...]], edges: bool) -> list[int]:
-        """Returns the bytes that each tile takes at most."""
-        return [height * width * (3 + SCALE**2 * (3 + edges)) for height, width in largest]
-
-    def get(self, number: int) -> list[np.ndarray]:
-        """Returns LR tile, HR tile and perhaps the latter's edges; nothing if not kept yet."""
-        return self._views(number, *self.shapes[number]) if self.shapes[number, 0] else []
-
-    def put(self, number: int, arrays: list[np.ndarray]) -> None:
-        """Keeps what `get` is to return, unless it is larger than was said."""
-        height, width, _ = arrays[0].shape
-        room = self.starts[number + 1] - self.starts[number]
-        if sum(array.size for array in arrays) <= room:
-            for kept, array in zip(self._views(number, height, width), arrays, strict=True):
-                kept[:] = array
-            self.shapes[number, 1] = width
-            self.shapes[number, 0] = height  # from now on `get` finds them
-
-    def _views(self, number: int, height: int, width: int) -> list[np.ndarray]:
-        start, views = self.starts[number], []
-        lr = int(height), int(width)
-        hr = SCALE * lr[0], SCALE * lr[1]
-        for shape in ((*lr, 3), (*hr, 3), *[hr] * self.edges):
-            views.append(self.memory[start : start + prod(shape)].reshape(shape))
-            start += prod(shape)
-        return views
+        return lr, hr
 
 
 def crop_pair(
@@ -300,7 +251,6 @@ def crop_pair(
     edges: tuple[str, ...],
     changes: Sequence[tuple] = (),
     quality: int | None = None,
-    hr_edges: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """Returns the crops of an LR and an HR image at one place, as an item of `PairedTiles`.
 
@@ -311,12 +261,10 @@ def crop_pair(
         area: of the LR image.
         changes: of `draw_colors`, the same for LR and HR.
         quality: of the JPEG that the LR crop passes through; None for none.
-        hr_edges: of the whole HR image, `(4H, 4W)` uint8, if they are known.
     """
     item = {}
+    outer = tiles.grow(area, images.CANNY_REACH, lr.shape)
     for kind, image, scale in (("lr", lr, 1), ("hr", hr, SCALE)):
-        known = kind == "hr" and not changes and (hr_edges is not None or "hr" not in edges)
-        outer = area if known else tiles.grow(area, images.CANNY_REACH, lr.shape)
         inner = tiles.scaled(tiles.within(area, outer), scale)
         crop = device.to_tensor(image[tiles.scaled(outer, scale)])[0]
         for change, amount in changes:
@@ -325,10 +273,7 @@ def crop_pair(
             crop = through_jpeg(crop, quality)
         item[kind] = crop[:, *inner]
         if kind in edges:
-            if known:
-                found = hr_edges[tiles.scaled(outer, scale)]
-            else:
-                found = images.canny(crop.permute(1, 2, 0).numpy())
+            found = images.canny(crop.permute(1, 2, 0).numpy())
             item[f"{kind}_edges"] = torch.from_numpy(found)[None, *inner]
     return item
 

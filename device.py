@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -97,28 +96,21 @@ class Device:
     def from_first(self, function: Callable[..., T], *arguments: object) -> T:
         """Calls a function in the first process and returns its result in all.
 
-        Args:
-            function: returns tensors and plain values, however nested.
-
         Raises:
-            UserError, OSError: of the function; the other processes exit silently.
+            Exception: of the function; the other processes exit silently.
         """
         if self.world == 1:
             return function(*arguments)
-        sent, error = [None], None
+        answer, error = [None, False], None
         if self.rank == 0:
-            buffer = io.BytesIO()
             try:
-                torch.save({"result": function(*arguments)}, buffer)
-            except (UserError, OSError) as raised:
-                error = raised
-                torch.save({"error": True}, buffer)
-            sent = [buffer.getvalue()]
-        dist.broadcast_object_list(sent, device=torch.device("cpu"))
-        content = torch.load(io.BytesIO(sent[0]), map_location="cpu", weights_only=True)
-        if "error" in content:
+                answer = [function(*arguments), False]
+            except Exception as raised:
+                answer, error = [None, True], raised
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        if answer[1]:
             raise error or SystemExit(1)
-        return content["result"]
+        return answer[0]
 
     def any_process(self, flag: bool) -> bool:
         """Returns whether the flag is set in any process, the same answer in all of them."""

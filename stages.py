@@ -53,13 +53,13 @@ class Recipe:
     crops: tuple[int, int]  # smallest and largest, LR pixels a side
     batch_size: int = 8  # crops per batch in each process
     accumulate: int = 1  # batches per step
-    learning_rate: float = 1e-4  # of Adam, at its peak
+    learning_rate: float = 4e-4  # of Adam, at its peak
     trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'
-    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
-    schedule: Callable[[int, "Recipe"], float] = halving
+    betas: tuple[float, float] = (0.9, 0.99)  # of Adam
+    schedule: Callable[[int, "Recipe"], float] = cosine
     live_norms: float = 0.85  # fraction of the steps before the generator's batch norms are frozen
     color: bool = False  # vary colours, besides flips and quarter turns
-    jpeg: float = 0.0  # probability that an LR crop passes through JPEG
+    jpeg: float = 0.5  # probability that an LR crop passes through JPEG
     edges: tuple[str, ...] = ("lr", "hr")  # Canny edges the losses need
     true_edges: float = 0.0  # fraction of each batch given ground-truth edges, not predicted ones
 
@@ -72,10 +72,14 @@ class Stage:
     starts_from: ClassVar[str] = ""  # stage whose weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
     best_by: ClassVar[str]  # validation metric by which weights are the best
-    sign: ClassVar[int] = 1  # of that metric; -1: the lower, the better
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        self.recipe, self.device = recipe, device
+        self.networks: dict[str, nn.Module] = {}
+        self.build(options)
+
+    def build(self, options: Namespace) -> None:
         """Makes the networks, from the weights they start from.
 
         Args:
@@ -84,8 +88,7 @@ class Stage:
         Raises:
             UserError: a file to start from is missing or does not fit.
         """
-        self.recipe, self.device = recipe, device
-        self.networks: dict[str, nn.Module] = {}
+        raise NotImplementedError
 
     def load(self, path: Path, *kinds: type[nn.Module]) -> nn.Module:
         """Returns the network in a weight file, which the first process reads for all."""
@@ -134,10 +137,13 @@ class Stage:
         raise NotImplementedError
 
     def better(self, found: Metrics, than: Metrics) -> bool:
-        """Returns whether weights of some metrics are better than others; {} is the worst."""
-        worst = -math.inf * self.sign
-        a, b = (self.sign * each.get(self.best_by, worst) for each in (found, than))
-        return a > b
+        """Returns whether weights are to replace others, by the metrics of both; {} is the worst.
+
+        Against a discriminator the newer ones always are: no metric here judges what it teaches.
+        """
+        if "dis" in self.networks:
+            return bool(found)
+        return found.get(self.best_by, -math.inf) > than.get(self.best_by, -math.inf)
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         """Returns what a generator makes of a batch: by title, columns of images in [0, 1]."""
@@ -175,6 +181,12 @@ def frozen(network: nn.Module) -> Iterator[None]:
     network.requires_grad_(True)
 
 
+def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
+    """Returns what to log of a discriminator's answers."""
+    means = on_hr.float().mean(), on_sr.float().mean()
+    return dict(zip(("discriminator/hr", "discriminator/sr"), means, strict=True))
+
+
 # The edge generator ---------------------------------------------------------------------------
 
 
@@ -182,18 +194,10 @@ class EdgePreModel(Stage):
     """The edge generator on the cross-entropy with Canny's edges of HR."""
 
     name = "EdgePreModel"
-    recipe = Recipe(
-        steps=5_000,
-        crops=(32, 32),
-        learning_rate=4e-4,
-        betas=(0.9, 0.99),
-        schedule=cosine,
-        jpeg=0.5,
-    )
+    recipe = Recipe(steps=5_000, crops=(32, 32))
     best_by, compared_with = "F1", "edges of LR"
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
+    def build(self, options: Namespace) -> None:
         self.generator = self.add("gen", self.start(options, EdgeGenerator))
 
     def logits(self, network: nn.Module, batch: Batch) -> Tensor:
@@ -232,10 +236,12 @@ class EdgeModel(EdgePreModel):
 
     name = "EdgeModel"
     starts_from = "EdgePreModel"
-    recipe = Recipe(steps=20_000, crops=(64, 64), betas=(0.0, 0.9), jpeg=0.5)
+    recipe = Recipe(
+        steps=20_000, crops=(64, 64), learning_rate=1e-4, betas=(0.0, 0.9), schedule=halving
+    )
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
+    def build(self, options: Namespace) -> None:
+        super().build(options)
         width = self.generator.arguments["width"]
         self.discriminator = self.add("dis", EdgeDiscriminator(width))
 
@@ -249,10 +255,8 @@ class EdgeModel(EdgePreModel):
             "feature matching": losses.feature_matching(features, hr_features),
         }
         hinge = losses.hinge_discriminator(on_hr.float(), on_detached.float())
-        return {"gen": generator, "dis": {"hinge": hinge}}, self.scalars(edges, batch) | {
-            "discriminator/hr": on_hr.float().mean(),
-            "discriminator/sr": on_detached.float().mean(),
-        }
+        watched = self.scalars(edges, batch) | scores(on_hr, on_detached)
+        return {"gen": generator, "dis": {"hinge": hinge}}, watched
 
 
 # The HR generator -----------------------------------------------------------------------------
@@ -263,6 +267,17 @@ class ImageStage(Stage):
 
     generator: nn.Module
     best_by = "SSIM"
+
+    def add_discriminator(self, options: Namespace, **perceptual: object) -> None:
+        """Adds the discriminator, and the perceptual loss with arguments of its own."""
+        self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
+        state = self.device.from_first(losses.vgg_state, options.vgg)
+        self.perceptual = self.device.place(losses.PerceptualLoss(state, **perceptual))
+
+    def answers(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the discriminator's logits, see `judge`, and the perceptual loss, float32."""
+        with self.device.autocast():
+            return *judge(self.discriminator, hr, sr), self.perceptual(sr, hr)
 
     def generate(self, network: nn.Module, batch: Batch) -> Tensor:
         """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
@@ -276,11 +291,22 @@ class ImageStage(Stage):
     def enlarger(self, network: nn.Module) -> Enlarger:
         return Enlarger(network, None, self.device)
 
+    def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
+        """Returns the metrics of an image, `(4H, 4W, 3)` uint8."""
+        return metrics.compare(sr, hr, self.device)
+
+    def compare_with_true_edges(
+        self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray
+    ) -> Metrics:
+        """Returns the metrics of the image that is made with the ground truth's edges."""
+        height, width = (SCALE * side for side in lr.shape[:2])
+        return self.compare(enlarger(lr, images.canny(hr[:height, :width])), hr)
+
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return metrics.compare(enlarger(lr), hr, self.device)
+        return self.compare(enlarger(lr), hr)
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return metrics.compare(images.bicubic(lr, SCALE), hr, self.device)
+        return self.compare(images.bicubic(lr, SCALE), hr)
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         columns = [nearest(batch["lr"]), self.generate(network, batch), batch["hr"]]
@@ -291,19 +317,9 @@ class SRResNetModel(ImageStage):
     """The HR generator without edges, which is the SRResNet of Ledig et al."""
 
     name = "SRResNet"
-    recipe = Recipe(
-        steps=20_000,
-        crops=(24, 24),
-        batch_size=16,
-        learning_rate=4e-4,
-        betas=(0.9, 0.99),
-        schedule=cosine,
-        jpeg=0.5,
-        edges=(),
-    )
+    recipe = Recipe(steps=20_000, crops=(24, 24), batch_size=16, edges=())
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
+    def build(self, options: Namespace) -> None:
         self.generator = self.add("gen", self.start(options, SRResNet))
 
 
@@ -312,49 +328,26 @@ class SRGANModel(SRResNetModel):
 
     name = "SRGAN"
     starts_from = "SRResNet"
-    recipe = Recipe(
-        steps=20_000,
-        crops=(32, 32),
-        learning_rate=1e-4,
-        betas=(0.9, 0.99),
-        schedule=cosine,
-        live_norms=0,
-        jpeg=0.5,
-        edges=(),
-    )
-    best_by, sign = "VGG19 distance", -1  # SSIM would choose what is smooth
+    recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
-        self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
-        state = device.from_first(losses.vgg_state, options.vgg)
-        self.perceptual = device.place(losses.PerceptualLoss(state, F.l1_loss, smooth=True))
+    def build(self, options: Namespace) -> None:
+        super().build(options)
+        self.add_discriminator(options, distance=F.l1_loss, smooth=True)
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
-        with self.device.autocast():
-            sr = self.generate(self.generator, batch)
-            on_hr, on_detached, on_sr = judge(self.discriminator, hr, sr)
-            perceptual = self.perceptual(sr, hr)
+        sr = self.generate(self.generator, batch)
+        on_hr, on_detached, on_sr, perceptual = self.answers(sr, hr)
         terms = losses.texture_terms(sr, hr, perceptual, on_sr, on_hr.detach())
         relativistic = losses.relativistic(on_hr, on_detached)
-        return {"gen": terms, "dis": {"relativistic": relativistic}}, {
-            "discriminator/hr": on_hr.mean(),
-            "discriminator/sr": on_detached.mean(),
-        }
-
-    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return self.compare(enlarger(lr), hr)
-
-    def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return self.compare(images.bicubic(lr, SCALE), hr)
+        return {"gen": terms, "dis": {"relativistic": relativistic}}, scores(on_hr, on_detached)
 
     @torch.no_grad()
     def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics of an image, and how far its features are from ground truth's."""
         hr = hr[: sr.shape[0], : sr.shape[1]]
         distance = metrics.by_strips(self.perceptual, sr, hr, self.device)
-        return metrics.compare(sr, hr, self.device) | {self.best_by: distance}
+        return super().compare(sr, hr) | {"VGG19 distance": distance}
 
 
 class EdgeStageModel(ImageStage):
@@ -362,17 +355,9 @@ class EdgeStageModel(ImageStage):
 
     name = "EdgeStageModel"
     starts_from = "SRResNet"
-    recipe = Recipe(
-        steps=2_000,
-        crops=(24, 24),
-        learning_rate=5e-4,
-        betas=(0.9, 0.99),
-        schedule=cosine,
-        edges=("hr",),
-    )
+    recipe = Recipe(steps=2_000, crops=(24, 24), learning_rate=5e-4, jpeg=0.0, edges=("hr",))
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
+    def build(self, options: Namespace) -> None:
         network = self.start(options, SRResNet, Generator)
         if not isinstance(network, Generator):
             network = Generator.from_trunk(network)
@@ -385,21 +370,13 @@ class EdgeStageModel(ImageStage):
             return network(batch["lr"], batch["hr_edges"])
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return compare_with_true_edges(enlarger, lr, hr, self.device)
+        return self.compare_with_true_edges(enlarger, lr, hr)
 
 
 def trunk(generator: Generator) -> list[nn.Module]:
     """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
     edge_stage = [*generator.edge_stage, generator.prelu]
     return [module for module in generator.children() if module not in edge_stage]
-
-
-def compare_with_true_edges(
-    enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray, device: Device
-) -> Metrics:
-    """Returns the metrics of the image that is made with the ground truth's edges."""
-    height, width = (SCALE * side for side in lr.shape[:2])
-    return metrics.compare(enlarger(lr, images.canny(hr[:height, :width])), hr, device)
 
 
 class PreModel(ImageStage):
@@ -411,22 +388,12 @@ class PreModel(ImageStage):
     name = "PreModel"
     starts_from = "EdgeStageModel"
     needs = ("EdgeModel",)
-    recipe = Recipe(
-        steps=6_000,
-        crops=(24, 24),
-        learning_rate=4e-4,
-        trunk_rate=0.5,
-        betas=(0.9, 0.99),
-        schedule=cosine,
-        jpeg=0.5,
-        true_edges=0.5,
-    )
+    recipe = Recipe(steps=6_000, crops=(24, 24), trunk_rate=0.5, true_edges=0.5)
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
+    def build(self, options: Namespace) -> None:
         self.generator = self.add("gen", self.start(options, Generator))
         self.edge_generator = self.load(weight_path(options, "EdgeModel"), EdgeGenerator)
-        self.edge_predictor = for_inference(self.edge_generator, device)
+        self.edge_predictor = for_inference(self.edge_generator, self.device)
 
     def parameter_groups(self, key: str) -> list[dict]:
         if key != "gen" or self.recipe.trunk_rate == 1:
@@ -459,8 +426,8 @@ class PreModel(ImageStage):
         return Enlarger(network, self.edge_generator, self.device)
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        found = metrics.compare(enlarger(lr), hr, self.device)
-        with_true = compare_with_true_edges(enlarger, lr, hr, self.device)
+        found = self.compare(enlarger(lr), hr)
+        with_true = self.compare_with_true_edges(enlarger, lr, hr)
         return found | {f"{key} true edges": with_true[key] for key in ("PSNR", "SSIM")}
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
@@ -483,42 +450,27 @@ class SRModel(PreModel):
         steps=250_000,
         crops=(16, 31),
         accumulate=2,
+        learning_rate=1e-4,
+        betas=(0.9, 0.999),
+        schedule=halving,
         live_norms=0,  # crops are recoloured, images are not
         color=True,
-        jpeg=0.5,
         true_edges=0.5,
     )
 
-    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        super().__init__(recipe, options, device)
-        self.discriminator = self.add("dis", Discriminator(self.generator.arguments["width"]))
-        state = device.from_first(losses.vgg_state, options.vgg)
-        self.perceptual = device.place(losses.PerceptualLoss(state))
+    def build(self, options: Namespace) -> None:
+        super().build(options)
+        self.add_discriminator(options)
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
         sr = self.generate(self.generator, batch)
-        with self.device.autocast():
-            on_hr, on_detached, on_sr = judge(self.discriminator, hr, sr)
-            perceptual = self.perceptual(sr, hr)
+        on_hr, on_detached, on_sr, perceptual = self.answers(sr, hr)
         terms = losses.generator_terms(sr, hr, perceptual, on_sr)
         cross_entropy = losses.discriminator_loss(on_hr, on_detached, batch["softness"])
-        return {"gen": terms, "dis": {"cross-entropy": cross_entropy}}, {
-            "training SSIM": 1 - terms["ssim"],
-            "discriminator/hr": on_hr.mean(),
-            "discriminator/sr": on_detached.mean(),
-        }
+        watched = {"training SSIM": 1 - terms["ssim"], **scores(on_hr, on_detached)}
+        return {"gen": terms, "dis": {"cross-entropy": cross_entropy}}, watched
 
 
-STAGES: dict[str, type[Stage]] = {
-    stage.name: stage
-    for stage in (
-        EdgePreModel,
-        EdgeModel,
-        SRResNetModel,
-        EdgeStageModel,
-        PreModel,
-        SRModel,
-        SRGANModel,
-    )
-}
+ALL = EdgePreModel, EdgeModel, SRResNetModel, EdgeStageModel, PreModel, SRModel, SRGANModel
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in ALL}

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -66,11 +68,10 @@ def fit(  # noqa: PLR0912, PLR0915
     crops_per_step = recipe.batch_size * recipe.accumulate * device.world
     if options.epochs:
         recipe = replace(recipe, steps=math.ceil(options.epochs * len(dataset) / crops_per_step))
-    dataset.keep(recipe.steps * recipe.batch_size * recipe.accumulate)
     for folder in (options.ckpts, options.runs):
         device.from_first(files.check_writable, folder)
 
-    # Networks, their optimisers, the generator's moving average
+    # Networks, alike in all processes, their optimisers, the generator's moving average
     torch.manual_seed(options.seed)
     stage = stage_class(recipe, options, device)
     networks = stage.networks
@@ -83,107 +84,69 @@ def fit(  # noqa: PLR0912, PLR0915
 
     # Resume, or start from scratch in a new folder
     settings = describe(recipe, options, device, dataset, list(held_out))
-    needed = [weight_path(options, name) for name in stage.needs]
-    settings |= device.from_first(digests, needed)
-    found = device.from_first(checkpoints.begin, stage, options, settings)
-    folder, state, settings = Path(found["folder"]), found["state"], found["settings"]
+    folder, state, settings = device.from_first(checkpoints.begin, stage, options, settings)
     done = Progress(**state["progress"]) if state else Progress()
     if state:
         checkpoints.restore(parts, state, folder / "state.pth")
-        for key, optimizer in optimizers.items():  # the state brought its own settings back
-            groups = zip(optimizer.param_groups, stage.parameter_groups(key), strict=True)
-            for group, given in groups:
-                group |= {"factor": given["factor"], "betas": recipe.betas}
-    elif device.world > 1:  # give every process the first one's weights
-        checkpoints.restore(
-            parts, device.from_first(lambda: {"parts": checkpoints.states(parts)}), folder
-        )
-
-    def save(folder: Path = folder) -> None:
-        current = checkpoints.states(parts)
-        if not checkpoints.is_finite(current):
-            diverged()
-        content = {"progress": asdict(done), "settings": settings, "parts": current}
-        folder.mkdir(parents=True, exist_ok=True)
-        weights.save_network(ema, folder / "latest.pth")
-        weights.save_file(content, folder / "state.pth")
-
-    def save_best() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        weights.save_network(ema, folder / "best.pth")
-
-    def diverged() -> None:
-        path = folder / "state.pth"
-        kept = f"{path} holds the last good weights" if path.exists() else "nothing was saved"
-        raise NotFiniteError(
-            f"{stage.name}: not finite at step {done.step} or the {LOG_EVERY} before; {kept}; start"
-            " again with a lower --learning-rate"
-        )
+    save = partial(checkpoints.save, folder, parts, done, settings)
 
     # What is to be trained, and what to compare it with
-    batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
-    samples = held_out_crops(held_out or training, recipe, device)
-    if dataset.small:
-        some = [training[name][0].name for name in dataset.small[:NAMED]]
-        device.info(
-            f"Left out {len(dataset.small)} of {len(training)} images whose tiles are smaller than"
-            f" {recipe.crops[1]} pixels: {', '.join(some)}{', ...' * (len(dataset.small) > NAMED)}"
-        )
-    fewer = f" (a quarter, not {options.held_out})" * (len(held_out) < options.held_out)
+    fewer = " (at most a quarter)" * (len(held_out) < options.held_out)
     device.info(
         f"{stage.name}: {device.describe()}; {len(dataset.names)} images as {len(dataset)} tiles;"
         f" {len(held_out)} held out{fewer}; {recipe.steps} steps of {crops_per_step} crops"
     )
+    if dataset.small:
+        some = ", ".join(dataset.small[:NAMED]) + ", ..." * (len(dataset.small) > NAMED)
+        device.info(f"Left out {len(dataset.small)} images smaller than the crops: {some}")
+    dataset.keep_in_memory()
+    batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
+    samples = held_out_crops(held_out or training, recipe, device)
     target = weight_path(options, stage.name)
-    before = validate_published(stage, target, folder / "best.pth", done, held_out, device)
+    before = validate_published(stage, target, held_out, device)
     reference = measure(held_out, device, stage.reference)
 
     # Train
     one_shape = recipe.crops[0] == recipe.crops[1]
     saved, watched = time.monotonic(), torch.zeros((), device=device.torch_device)
-    together = False  # whether all processes end for one reason
+    problems: list[Exception] = []
     log = Log(stage, folder, recipe.steps, done, device)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
             log.settings(settings)
             while True:
-                # Save, validate
+                # Save, before anything else can fail; validate
                 due = done.step * recipe.accumulate % options.checkpoint_every < recipe.accumulate
                 last = done.step >= recipe.steps
                 if (due or last) and done.validated < done.step:
                     if done.step:
-                        device.from_first(save)  # before anything else can fail
-                    try:
-                        now = validate(stage, ema, held_out, device)
-                    except NotFiniteError:
-                        device.from_first(diverged)
-                    if stage.better(now, done.best):
-                        done.best, done.best_step = now, done.step
-                        device.from_first(save_best)
-                    log.validation(now, reference, done.best.get(stage.best_by))
+                        device.from_first(save)
+                    now = validate(stage, ema, held_out, device)
+                    log.validation(now, reference)
                     log.samples(stage, ema, samples)
                     done.validated = done.step
-                    if done.step:
+                    if done.step:  # else it is what training starts from
+                        if stage.better(now, done.best):
+                            done.best, done.best_step = now, done.step
+                            device.from_first(weights.save_network, ema, folder / "best.pth")
                         device.from_first(save)
                     saved = time.monotonic()
                 if last:
                     break
 
-                # Fetch all of a step's batches: a damaged tile then stops between two steps
-                problems, step_batches = [], []
-                try:
-                    step_batches = [next(batches) for _ in range(recipe.accumulate)]
-                except UserError as error:
-                    problems = [error]
-                if together := device.any_process(bool(problems or interrupted)):
-                    raise next(iter(device.gather(problems)), KeyboardInterrupt())
+                # Fetch all of a step's batches: Ctrl-C or a damaged tile stops between two steps
+                fetched = list(islice(batches, recipe.accumulate))
+                problems = [each for each in fetched if isinstance(each, Exception)]
+                if device.any_process(bool(problems or interrupted)):
+                    device.from_first(checkpoints.save_anyway, save, folder, done)
+                    break
 
                 # Step
                 if done.step >= recipe.live_norms * recipe.steps:
                     stage.freeze_norms()
                 device.tune_kernels(one_shape)  # validation has set it otherwise
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
-                for loaded in step_batches:
+                for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
                     losses, scalars = stage.losses(batch)
                     totals = {key: sum(terms.values()) for key, terms in losses.items()}
@@ -203,28 +166,31 @@ def fit(  # noqa: PLR0912, PLR0915
                 # Log
                 log.bar.update()
                 if done.step % LOG_EVERY == 0:
-                    if device.any_process(not math.isfinite(watched)):
-                        device.from_first(diverged)
+                    if device.any_process(not watched.isfinite()):
+                        raise NotFiniteError("a loss is not finite")
                     watched.zero_()
                     log.flush(rate)
                 if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     device.from_first(save)
                     saved = time.monotonic()
-        except NotFiniteError:  # the state of before is the one to keep
-            raise
+        except NotFiniteError as error:  # the state of before is the one to keep
+            raise UserError(
+                f"{stage.name}: not finite at step {done.step} or the {LOG_EVERY} before; {folder}"
+                " keeps what was saved until then; start again with a lower --learning-rate"
+            ) from error
         except (Exception, KeyboardInterrupt) as error:
             if device.rank == 0 and done.step:
-                checkpoints.save_anyway(
-                    save, folder, options.ckpts / "rescued", stage.name, done.step
-                )
-            if device.rank == 0 and isinstance(error, KeyboardInterrupt):
-                checkpoints.publish(stage, folder, target, done, before, reference, complete=False)
-            if together:
-                device.any_process(False)  # wait until the first process has saved
+                checkpoints.save_anyway(save, folder, done)
             if is_out_of_memory(error):
                 raise MemoryError("Memory is full; give a smaller --batch-size") from error
             raise
-    device.from_first(checkpoints.publish, stage, folder, target, done, before, reference)
+
+        # Publish
+        device.from_first(checkpoints.publish, stage, folder, target, done, before, reference)
+        if problems := device.gather(problems):
+            raise problems[0]
+        if device.any_process(bool(interrupted)):
+            raise KeyboardInterrupt
 
 
 # Recipe ---------------------------------------------------------------------------------------
@@ -259,21 +225,15 @@ def describe(
     }
 
 
-def digests(paths: Iterable[Path]) -> dict[str, str]:
-    """Returns the digests of weight files by name."""
-    return {path.name: files.digest(path) for path in paths}
-
-
 # Data -----------------------------------------------------------------------------------------
 
 
 def load_batches(
     dataset: PairedTiles, recipe: Recipe, options: Namespace, device: Device, first: int
-) -> Iterator[Batch]:
+) -> Iterator[Batch | Exception]:
     """Yields batches without end, from number `first` on, loaded by processes of their own.
 
-    Raises:
-        UserError: a tile cannot be used, or the processes cannot work.
+    The last is an error, where a tile cannot be used or the processes cannot work.
     """
     sampler = CropSampler(
         len(dataset),
@@ -292,17 +252,17 @@ def load_batches(
             collate_fn=collate,
             pin_memory=device.torch_device.type == "cuda",
             worker_init_fn=prepare_worker,
-            multiprocessing_context="fork" if options.workers and dataset.decoded else None,
+            multiprocessing_context="fork" if options.workers and dataset.in_memory else None,
         )
         for batch in loader:
-            if isinstance(batch, Exception):
-                raise batch
             yield batch
+            if isinstance(batch, Exception):
+                return
     except (RuntimeError, OSError) as error:
         if not options.workers:
             raise
         reason = str(error).strip().splitlines()[-1].partition(". ")[0]
-        raise UserError(f"Processes that load data failed ({reason}); give --workers 0") from error
+        yield UserError(f"Processes that load data failed ({reason}); give --workers 0")
 
 
 def collate(items: list[dict | Exception]) -> Batch | Exception:
@@ -369,30 +329,19 @@ def validate(stage: Stage, network: nn.Module, held_out: Pairs, device: Device) 
     return measure(held_out, device, lambda lr, hr: stage.validate(enlarger, lr, hr))
 
 
-def validate_published(
-    stage: Stage, target: Path, best: Path, done: Progress, held_out: Pairs, device: Device
-) -> Metrics:
-    """Returns the metrics of the weights that a training is about to replace, {} without any.
-
-    Args:
-        target: file of those weights.
-        best: file of the training's own best ones, whose metrics are known.
-    """
+def validate_published(stage: Stage, target: Path, held_out: Pairs, device: Device) -> Metrics:
+    """Returns the metrics of the weights that a training is about to replace, {} without any."""
 
     def read() -> dict:
         with contextlib.suppress(UserError):
-            return {} if checkpoints.same(target, best) else weights.load_state(target)
+            return weights.load_state(target)
         return {}
 
-    if device.from_first(checkpoints.same, target, best):
-        return done.best
-    if not held_out or not (state := device.from_first(read)):
-        return {}
-    try:
-        network = weights.build_network(state, target, type(stage.networks["gen"]))
-        return validate(stage, network, held_out, device)
-    except (NotFiniteError, UserError):
-        return {}
+    with contextlib.suppress(UserError):  # weights of another network, or none that compute
+        if held_out and (state := device.from_first(read)):
+            network = weights.build_network(state, target, type(stage.networks["gen"]))
+            return validate(stage, network, held_out, device)
+    return {}
 
 
 def measure(
@@ -511,12 +460,10 @@ class Log:
                     "settings", "\n".join(["| setting | value |", "| --- | --- |", *rows])
                 )
 
-    def validation(self, found: Metrics, reference: Metrics, best: float | None) -> None:
+    def validation(self, found: Metrics, reference: Metrics) -> None:
         """Logs validation metrics and, in the same charts, those to beat."""
-        self.scalars({f"validation/{key}": value for key, value in found.items()})
-        self.scalars({f"validation/{key}": value for key, value in reference.items()}, writer=1)
-        if best is not None:
-            self.scalars({"validation/best so far": best})
+        for writer, values in enumerate((found, reference)):
+            self.scalars({f"validation/{key}": value for key, value in values.items()}, writer)
         self.restart()
 
     @torch.no_grad()
