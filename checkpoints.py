@@ -76,9 +76,9 @@ def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None
         UserError: it is of another training than the one asked for.
     """
     before, changes = state["settings"], {}
-    for key in sorted(before.keys() | settings.keys()):
-        if before.get(key) != settings.get(key):
-            change = f"{key} {before.get(key)} -> {settings.get(key)}"
+    for key, now in settings.items():
+        if now != before.get(key):
+            change = f"{key} {before.get(key)} -> {now}"
             changes[key] = change if len(change) < 120 else f"other {key}"
     step, steps = state["progress"]["step"], settings["steps"]
     if step > steps:

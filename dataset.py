@@ -4,16 +4,17 @@ All randomness follows from (seed, batch number), so that training can go on aft
 another number of processes with as large a batch in all, with the very crops it would have seen.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 import console
@@ -28,6 +29,7 @@ from tiles import HR, LR, SCALE, TRAINING
 JPEG_QUALITIES = 60, 100
 SLICE = "run `python slice_images_w_overlapping.py`"
 
+T = TypeVar("T")
 Pairs = dict[str, tuple[Path, Path]]  # LR and HR image by id
 
 
@@ -56,11 +58,9 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
     firsts = {name: [min(found[name].items())[1] for found in (lr_tiles, hr_tiles)] for name in lr}
     jobs = [job for name in pairs for job in zip(pairs[name], firsts[name], strict=True)]
-    with ThreadPoolExecutor(console.processor_share()) as pool:
-        checks = pool.map(check_tile, *zip(*jobs, strict=True))
-        list(console.progress(checks, "Checking tiles", len(jobs), leave=False, unit="tile"))
-    names, count = list(pairs), min(held_out, len(pairs) // 4)
-    chosen = {names[i * len(names) // count] for i in range(count)}
+    in_threads(check_tile, jobs, "Checking tiles")
+    names, most = list(pairs), min(held_out, len(pairs) // 4)
+    chosen = {names[i * len(names) // most] for i in range(most)}
     training = {name: pair for name, pair in pairs.items() if name not in chosen}
     return training, {name: pair for name, pair in pairs.items() if name in chosen}
 
@@ -68,6 +68,13 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
 def tile_folder(root: Path, size: str) -> Path:
     """Returns the folder of the training tiles of a size, `LR` or `HR`."""
     return root / TRAINING / size / tiles.TILES
+
+
+def in_threads(work: Callable[..., T], jobs: Sequence[tuple], title: str) -> list[T]:
+    """Returns what a function makes of each job's arguments, in their order; shows a bar."""
+    with ThreadPoolExecutor(console.processor_share()) as pool:
+        found = pool.map(lambda job: work(*job), jobs)
+        return list(console.progress(found, title, len(jobs), leave=False, unit="tile"))
 
 
 def check_tile(image: Path, tile: Path) -> None:
@@ -85,52 +92,37 @@ class CropRequest(NamedTuple):
     seed: tuple[int, int]
 
 
-class CropSampler(Sampler[list[CropRequest]]):
-    """Batches of crop requests, without end; every tile once an epoch, one crop size per batch.
+def draw_batches(
+    tiles: int,
+    batch_size: int,
+    sizes: tuple[int, int],
+    seed: int,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[list[CropRequest]]:
+    """Yields batches of crop requests without end: every tile once an epoch, one size per batch.
 
     Args:
         tiles: how many there are.
         batch_size: crops per batch in each process.
         sizes: smallest and largest crop in LR pixels a side.
-        seed: of everything random.
         start: number of the first batch.
         rank: this process's number of `world`; all take their share of the same larger batch.
     """
-
-    def __init__(
-        self,
-        tiles: int,
-        batch_size: int,
-        sizes: tuple[int, int],
-        seed: int,
-        *,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.tiles, self.batch_size, self.sizes, self.seed = tiles, batch_size, sizes, seed
-        self.start, self.rank, self.world = start, rank, world
-
-    def __iter__(self) -> Iterator[list[CropRequest]]:
-        epoch, order = -1, None
-        number = self.start
-        while True:
-            smallest, largest = self.sizes
-            size = int(
-                np.random.default_rng((self.seed, 0, number)).integers(smallest, largest + 1)
-            )
-            # crops are counted over all batches and processes; `position` is a crop's number
-            first = (number * self.world + self.rank) * self.batch_size
-            requests = []
-            for position in range(first, first + self.batch_size):
-                if position // self.tiles != epoch:
-                    epoch = position // self.tiles
-                    order = np.random.default_rng((self.seed, 1, epoch)).permutation(self.tiles)
-                requests.append(
-                    CropRequest(int(order[position % self.tiles]), size, (self.seed, position))
-                )
-            yield requests
-            number += 1
+    epoch, order = -1, None
+    for number in count(start):
+        size = int(np.random.default_rng((seed, 0, number)).integers(sizes[0], sizes[1] + 1))
+        # crops are counted over all batches and processes; `position` is a crop's number
+        first = (number * world + rank) * batch_size
+        requests = []
+        for position in range(first, first + batch_size):
+            if position // tiles != epoch:
+                epoch = position // tiles
+                order = np.random.default_rng((seed, 1, epoch)).permutation(tiles)
+            requests.append(CropRequest(int(order[position % tiles]), size, (seed, position)))
+        yield requests
 
 
 class PairedTiles(Dataset):
@@ -174,10 +166,9 @@ class PairedTiles(Dataset):
         self.small = [name for name, shape in shapes.items() if min(shape) < largest]
         if not self.names:
             side = max(map(min, shapes.values()))
-            fewer = " or slice with fewer --tiles" if max(map(len, lr.values())) > 1 else ""
             raise UserError(
-                f"{tile_folder(root, LR)}: all tiles are smaller than crops of {largest} pixels a"
-                f" side, the largest has {side}; give a smaller --crop{fewer}"
+                f"{tile_folder(root, LR)}: all tiles are smaller than the crops of {largest} pixels"
+                f" a side; give --crop {side} or less"
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
@@ -192,17 +183,10 @@ class PairedTiles(Dataset):
             ImageError: a tile cannot be used.
         """
         if self.size < device.free_memory() / 2:
-            with ThreadPoolExecutor(console.processor_share()) as pool:
-                found = pool.map(self.load, range(len(self)))
-                bar = console.progress(found, "Decoding tiles", len(self), leave=False, unit="tile")
-                self.in_memory = list(bar)
+            self.in_memory = in_threads(load_pair, self.pairs, "Decoding tiles")
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    def __getstate__(self) -> dict:
-        """Returns what a process gets that is not a fork; it decodes tiles by itself."""
-        return self.__dict__ | {"in_memory": []}
 
     def __getitem__(self, request: CropRequest) -> dict[str, Tensor] | Exception:
         try:
@@ -211,13 +195,10 @@ class PairedTiles(Dataset):
             return error
 
     def crop(self, request: CropRequest) -> dict[str, Tensor]:
-        """Returns the item for a request.
-
-        Raises:
-            ImageError: the tile cannot be used.
-        """
+        """Returns the item for a request."""
         rng = np.random.default_rng((*request.seed, 2))
-        lr, hr = self.load(request.tile)
+        number = request.tile
+        lr, hr = self.in_memory[number] if self.in_memory else load_pair(*self.pairs[number])
         height, width, _ = lr.shape
         top = int(rng.integers(height - request.size + 1))
         left = int(rng.integers(width - request.size + 1))
@@ -233,15 +214,17 @@ class PairedTiles(Dataset):
         item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
         return item | {"softness": softness}
 
-    def load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns an LR tile and its HR tile."""
-        if self.in_memory:
-            return self.in_memory[number]
-        lr, hr = (images.read_image(path) for path in self.pairs[number])
-        if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
-            hr_path = self.pairs[number][1]
-            raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {SLICE} again")
-        return lr, hr
+
+def load_pair(lr_path: Path, hr_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns an LR tile and its HR tile.
+
+    Raises:
+        ImageError: one cannot be read, or they do not fit each other.
+    """
+    lr, hr = images.read_image(lr_path), images.read_image(hr_path)
+    if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
+        raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {SLICE} again")
+    return lr, hr
 
 
 def crop_pair(

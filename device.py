@@ -79,11 +79,8 @@ class Device:
 
     def free_bytes(self) -> int | None:
         """Returns the device's free memory; None where it shares the CPU's."""
-        return (
-            torch.cuda.mem_get_info(self.torch_device)[0]
-            if self.torch_device.type == "cuda"
-            else None
-        )
+        cuda = self.torch_device.type == "cuda"
+        return torch.cuda.mem_get_info(self.torch_device)[0] if cuda else None
 
     def gather(self, items: list) -> list:
         """Returns the items of all processes, in all of them."""
@@ -148,21 +145,20 @@ def open_device(
     """
     several = all(name in os.environ for name in TORCHRUN)  # one alone is left from elsewhere
     rank, world = (int(os.environ[each]) for each in TORCHRUN[:2]) if several else (0, 1)
-    kind = choose_kind(name, quiet=rank > 0)
+    kind = choose_kind(name)
+    place = torch.device(kind)
     if kind == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(place)
+        place = torch.device(kind, torch.cuda.current_device())
         torch.backends.cudnn.allow_tf32 = False  # SSIM subtracts squares
-    else:
-        place = torch.device(kind)
-    dtype = choose_precision(kind, precision, training, quiet=rank > 0)
+    dtype = choose_precision(kind, precision, training)
     slow_backwards = kind == "cpu" and dtype == torch.float32  # in channels-last
     layout = torch.contiguous_format if slow_backwards and training else torch.channels_last
     keep_freed_memory()
-    if not training:
-        keep_few_kernels()
+    if not training:  # oneDNN's cache: it compiles a kernel per image shape, up to 1024 of them
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if world > 1:
-        torch.set_num_threads(threads_per_process())
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torchrun sets it by itself
+            torch.set_num_threads(console.processor_share())
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
     try:
@@ -172,49 +168,44 @@ def open_device(
             dist.destroy_process_group()
 
 
-def choose_kind(name: str, quiet: bool = False) -> str:
+def choose_kind(name: str) -> str:
     """Returns "cuda", "mps" or "cpu": what was asked for or, for "auto", the best that works here.
 
     Raises:
         UserError: what was asked for is not here.
     """
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: PyTorch finds no Apple GPU; leave the option out")
-    if name in ("cpu", "mps"):
-        return name
-    obstacle = cuda_obstacle()
-    if name == "cuda" and obstacle:
-        raise UserError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
+    obstacle = cuda_obstacle() if name in ("auto", "cuda") else "not asked for"
+    mps = name != "cpu" and torch.backends.mps.is_available()
     if not obstacle:
         return "cuda"
-    if torch.cuda.is_available() and not quiet:
-        console.warn(f"{obstacle}; using the CPU")
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        raise UserError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
+    if name == "mps" and not mps:
+        raise UserError("--device mps: PyTorch finds no Apple GPU; leave the option out")
+    if name == "auto" and torch.cuda.is_available():
+        warn_once(f"{obstacle}; using the CPU")
+    return "mps" if mps else "cpu"
 
 
 def cuda_obstacle() -> str | None:
-    """Returns why CUDA cannot be used here, None if it can.
-
-    A GPU runs what was compiled for its own major version and at most its minor one, and, compiled
-    again by the driver, PTX code of any earlier version.
-    """
+    """Returns why CUDA cannot be used here, None if this process's GPU computes."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
-    if torch.version.hip:  # AMD's GPUs have names instead of versions
-        return None
-    own = torch.cuda.get_device_capability()
-    for architecture in torch.cuda.get_arch_list():
-        kind, _, digits = architecture.rstrip("af").partition("_")
-        version = int(digits[:-1]), int(digits[-1])
-        if version <= own and (kind == "compute" or version[0] == own[0]):
-            return None
-    name = torch.cuda.get_device_name()
-    return f"this PyTorch was not built for {name} (compute capability {own[0]}.{own[1]})"
+    try:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:  # PyTorch was built for other GPUs, or the driver is broken
+        return str(error).partition("\n")[0]
+    return None
 
 
-def choose_precision(
-    kind: str, precision: str = "auto", training: bool = False, quiet: bool = False
-) -> torch.dtype:
+def warn_once(text: str) -> None:
+    """Prints a warning, in the first process only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        console.warn(text)
+
+
+def choose_precision(kind: str, precision: str = "auto", training: bool = False) -> torch.dtype:
     """Returns the networks' precision.
 
     "auto" is bfloat16 where the processor computes in it; else float16 on a CUDA GPU that tests,
@@ -228,24 +219,9 @@ def choose_precision(
     automatic = torch.bfloat16 if has_bf16 else torch.float16 if kind == "cuda" else torch.float32
     dtype = NAMES.get(precision, automatic)
     if dtype == torch.float16 and training:
-        if not quiet:
-            console.warn("Training in float32: float16 is too coarse for gradients")
+        warn_once("Training in float32: float16 is too coarse for gradients")
         return torch.float32
     return dtype
-
-
-def threads_per_process() -> int:
-    """Returns the CPU threads for each of the processes that torchrun started on this machine.
-
-    torchrun sets OMP_NUM_THREADS to 1 unless the user has set it: only another value is theirs.
-    """
-    given = os.environ.get("OMP_NUM_THREADS", "1")
-    return processor_share() if given == "1" else int(given)
-
-
-def processor_share() -> int:
-    """Returns the processor cores there are for each process on this machine, at least one."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def free_memory() -> int:
@@ -273,14 +249,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 2**26)
-
-
-def keep_few_kernels() -> None:
-    """Limits oneDNN's cache to 32 kernels instead of 1024: it compiles one per image shape.
-
-    Without effect after a training in the same process: oneDNN reads the number once.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def release_freed_memory() -> None:

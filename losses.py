@@ -1,4 +1,8 @@
-"""Every loss term of every training, and its weight."""
+"""Every loss term of every training, and its weight.
+
+Images `sr` and `hr`, generated and ground truth, are (N, 3, H, W) in [0, 1], float32; a
+discriminator's answers `on_sr` and `on_hr` are (N,) logits.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +68,7 @@ def squared_error(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
-    """Returns the weighted terms of the HR generator's loss in the GAN stage.
-
-    Args:
-        sr, hr: generated image and ground truth, (N, 3, H, W) in [0, 1], float32.
-        perceptual: of `PerceptualLoss`.
-        on_sr: (N,) logits of the discriminator for `sr`.
-    """
+    """Returns the weighted terms of the HR generator's loss in the GAN stage."""
     return {
         "l1": RANGE * F.l1_loss(sr, hr),
         "perceptual": PERCEPTUAL_WEIGHT * perceptual,
@@ -82,14 +80,7 @@ def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -
 def texture_terms(
     sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor, on_hr: Tensor
 ) -> dict[str, Tensor]:
-    """Returns the weighted terms of the generator's loss in ESRGAN (arXiv 1809.00219, eq. 3), and
-    of `grid`, which its generator would paint.
-
-    Args:
-        sr, hr: generated image and ground truth, (N, 3, H, W) in [0, 1], float32.
-        perceptual: of `PerceptualLoss`.
-        on_sr, on_hr: (N,) logits of the discriminator.
-    """
+    """Returns the weighted terms of ESRGAN's generator (arXiv 1809.00219, eq. 3), and of `grid`."""
     return {
         "l1": TEXTURE_L1_WEIGHT * F.l1_loss(sr, hr),
         "perceptual": TEXTURE_WEIGHT * perceptual,
@@ -112,7 +103,7 @@ def grid(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
-    """Returns ESRGAN's relativistic average loss (eq. 1 and 2) of two (N,) logits.
+    """Returns ESRGAN's relativistic average loss (eq. 1 and 2).
 
     It asks for one side to look more real than the mean of the other. The discriminator's takes
     (HR, SR), the generator's (SR, HR).
@@ -126,7 +117,6 @@ def discriminator_loss(on_hr: Tensor, on_sr: Tensor, softness: Tensor) -> Tensor
     """Returns binary cross-entropy against soft labels: true in [0.7, 1], generated in [0, 0.3].
 
     Args:
-        on_hr, on_sr: (N,) logits of the discriminator.
         softness: (N, 2) random numbers in [0, 1), one for every label.
     """
     hr_label, sr_label = 1 - 0.3 * softness[:, 0], 0.3 * softness[:, 1]
@@ -190,9 +180,6 @@ def vgg_state(path: Path | None) -> dict[str, Tensor]:
     Args:
         path: a file that holds them, named as torchvision names them; None has torchvision take
             its own from the folder TORCH_HOME, where it downloads them to.
-
-    Raises:
-        UserError: the weights cannot be had.
     """
     if path is None:
         published = torchvision.models.VGG19_Weights.IMAGENET1K_V1

@@ -32,7 +32,7 @@ import metrics
 import weights
 from checkpoints import Progress
 from console import ImageError, NotFiniteError, UserError
-from dataset import CropSampler, PairedTiles, Pairs, crop_pair, split
+from dataset import PairedTiles, Pairs, crop_pair, draw_batches, split
 from device import Device, is_out_of_memory
 from metrics import Metrics
 from stages import Batch, Recipe, Stage, weight_path
@@ -110,10 +110,9 @@ def fit(  # noqa: PLR0912, PLR0915
     one_shape = recipe.crops[0] == recipe.crops[1]
     saved, watched = time.monotonic(), torch.zeros((), device=device.torch_device)
     problems: list[Exception] = []
-    log = Log(stage, folder, recipe.steps, done, device)
+    log = Log(stage, folder, settings, done, device)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
-            log.settings(settings)
             while True:
                 # Save, before anything else can fail; validate
                 due = done.step * recipe.accumulate % options.checkpoint_every < recipe.accumulate
@@ -235,19 +234,12 @@ def load_batches(
 
     The last is an error, where a tile cannot be used or the processes cannot work.
     """
-    sampler = CropSampler(
-        len(dataset),
-        recipe.batch_size,
-        recipe.crops,
-        options.seed,
-        start=first,
-        rank=device.rank,
-        world=device.world,
-    )
+    crops = len(dataset), recipe.batch_size, recipe.crops, options.seed
+    requests = draw_batches(*crops, start=first, rank=device.rank, world=device.world)
     try:
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=requests,
             num_workers=options.workers,
             collate_fn=collate,
             pin_memory=device.torch_device.type == "cuda",
@@ -377,17 +369,22 @@ class Log:
     """
 
     def __init__(
-        self, stage: Stage, folder: Path, steps: int, done: Progress, device: Device
+        self, stage: Stage, folder: Path, settings: dict, done: Progress, device: Device
     ) -> None:
         self.done, self.device = done, device
         self.writers: list[SummaryWriter] = []
-        self.bar = console.progress(desc=stage.name, total=steps, initial=done.step, unit="step")
+        self.bar = console.progress(
+            desc=stage.name, total=settings["steps"], initial=done.step, unit="step"
+        )
         self.restart()
         self.hook, threading.excepthook = threading.excepthook, self.in_thread
         if device.rank == 0:
             with self.optional():
                 for each in (folder, folder / stage.compared_with):
                     self.writers.append(SummaryWriter(str(each), purge_step=done.step + 1))
+                rows = [f"| {key} | {str(value)[:200]} |" for key, value in settings.items()]
+                table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
+                self.writers[0].add_text("settings", table)
 
     def __enter__(self) -> "Log":
         return self
@@ -449,16 +446,6 @@ class Log:
             for each in self.writers[writer : writer + 1]:
                 for key, value in values.items():
                     each.add_scalar(key, value, self.done.step)
-
-    def settings(self, values: dict) -> None:
-        """Logs a table of settings."""
-        short = {k: f"{len(v)} of them" if len(str(v)) > 200 else v for k, v in values.items()}
-        rows = [f"| {name} | {value} |" for name, value in short.items()]
-        with self.optional():
-            for writer in self.writers[:1]:
-                writer.add_text(
-                    "settings", "\n".join(["| setting | value |", "| --- | --- |", *rows])
-                )
 
     def validation(self, found: Metrics, reference: Metrics) -> None:
         """Logs validation metrics and, in the same charts, those to beat."""

@@ -2,7 +2,6 @@
 
 import re
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -45,9 +44,6 @@ def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
 
     Args:
         kinds: the classes that will do; any generator by default.
-
-    Raises:
-        UserError: there is no such file, or it holds no such network.
     """
     return build_network(load_state(path), path, *kinds)
 
@@ -64,21 +60,17 @@ def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module
     for path, network in zip(list(shares)[1:], others, strict=True):
         if (type(network), network.arguments) != (type(first), first.arguments):
             raise UserError(f"{path}: not of the architecture of {next(iter(shares))}; {ANOTHER}")
-    keys = [key for key, value in first.state_dict().items() if value.is_floating_point()]
     mixed = {
         key: sum(share * states[path][key].float() for path, share in shares.items())
-        for key in keys
+        for key, value in first.state_dict().items()
+        if value.is_floating_point()
     }
     first.load_state_dict(first.state_dict() | mixed)
     return first
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Returns the state dict in a weight file, by its current keys.
-
-    Raises:
-        UserError: there is no such file, or it holds none, or a weight that is not finite.
-    """
+    """Returns the state dict in a weight file, by its current keys; all of it is finite."""
     state = unwrap(load_file(path, "train it first, or " + ANOTHER))
     if not state:
         raise UserError(f"{path}: holds no state dict; {ANOTHER}")
@@ -115,17 +107,15 @@ def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module])
         wanted = " or ".join(each.__name__ for each in kinds)
         raise UserError(f"{path}: holds {kind.__name__}, not {wanted}; {ANOTHER}")
     try:
-        network = kind(len(state[first]), count_blocks(state, blocks))
+        numbers = {
+            key.removeprefix(blocks).split(".")[0] for key in state if key.startswith(blocks)
+        }
+        network = kind(len(state[first]), len(numbers))
         network.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError) as error:
         reason = one_line(error)[:200]
         raise UserError(f"{path}: does not fit {kind.__name__} ({reason}); {ANOTHER}") from error
     return network.eval()
-
-
-def count_blocks(keys: Iterable[str], prefix: str) -> int:
-    """Returns how many numbered modules there are under a prefix."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
 
 
 def save_file(content: dict, path: Path) -> None:
@@ -140,9 +130,6 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
 
     Args:
         if_missing: what to do where there is no such file.
-
-    Raises:
-        UserError: there is no such file, or it is damaged, or holds anything else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,17 +138,12 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
     except OSError as error:
         raise UserError(f"{one_line(error)}; make it readable, or {ANOTHER}") from error
     except Exception as error:  # torch.load raises whatever a damaged file leads it into
-        raise UserError(f"{path}: {describe_foreign(path)}") from error
+        reason = f"not a weight file, or a damaged one; {ANOTHER}"
+        if zipfile.is_zipfile(path):
+            reason = "holds more than tensors; save the network's state_dict() alone"
+        elif path.suffix == ".safetensors":
+            reason = "convert it with safetensors.torch.load_file and torch.save"
+        raise UserError(f"{path}: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict; {ANOTHER}")
     return content
-
-
-def describe_foreign(path: Path) -> str:
-    """Returns what a file is that `torch.load` cannot read, and what to do."""
-    if path.suffix == ".safetensors":
-        convert = f"torch.save(safetensors.torch.load_file({path.name!r}), {path.stem + '.pth'!r})"
-        return f"a safetensors file; convert it: {convert}"
-    if zipfile.is_zipfile(path):
-        return "holds more than tensors; save the network's state_dict() alone"
-    return f"not a weight file, or a damaged one; {ANOTHER}"

@@ -24,7 +24,7 @@ import images
 import slice_images_w_overlapping
 import training
 from console import ImageError
-from dataset import CropSampler, PairedTiles, split
+from dataset import PairedTiles, draw_batches, split
 from device import Device, open_device
 from inference import Enlarger
 from models import EdgeGenerator, Generator, SRResNet
@@ -917,7 +917,7 @@ def spoil_one_tile(sliced, root, batch, part=slice(None)):
     shutil.copytree(sliced, root)
     ids, _ = split(root, 4)
     pairs = PairedTiles(root, ids, 16).pairs
-    drawn = list(itertools.islice(CropSampler(len(pairs), 2, (16, 16), 0), batch + 1))
+    drawn = list(itertools.islice(draw_batches(len(pairs), 2, (16, 16), 0), batch + 1))
     early = {draw.tile for draws in drawn[:-1] for draw in draws}
     tile = next(draw.tile for draw in drawn[-1][part] if draw.tile not in early)
     path = pairs[tile][0]
@@ -1022,7 +1022,7 @@ def batch_of(sliced):
     """Four crops, of which a process each has two, as a batch."""
     ids, _ = split(sliced, 0)
     dataset = PairedTiles(sliced, ids, 16, edges=("lr", "hr"))
-    items = [dataset[draw] for draw in next(iter(CropSampler(len(dataset), 4, (16, 16), 0)))]
+    items = [dataset[draw] for draw in next(iter(draw_batches(len(dataset), 4, (16, 16), 0)))]
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
