@@ -146,13 +146,18 @@ def publish(
             f"{target}: unchanged, as {source} has not proved better; copy that file to use it"
         )
     else:
-        kept = folder / f"replaced-{files.digest(target)}.pth" if there else None
-        for old, new in ((target, kept), (source, target)):
-            if new:
-                with files.replacing(new, durable=True) as temporary:
-                    shutil.copyfile(old, temporary)
-        replaced = f"; what it replaces is {kept}" if kept else ""
-        console.info(f"{target}: now {source}, of step {step}{replaced}")
+        if there:
+            kept = folder / f"replaced-{files.digest(target)}.pth"
+            copy(target, kept)
+            console.info(f"{kept}: what {target} was before")
+        copy(source, target)
+        console.info(f"{target}: now {source}, of step {step}")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file as a whole or not at all."""
+    with files.replacing(target, durable=True) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def restore(parts: dict, state: dict, path: Path) -> None:

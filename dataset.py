@@ -130,8 +130,7 @@ class PairedTiles(Dataset):
 
     An item is a dict of uint8 tensors: `lr` (3, s, s) and `hr` (3, 4s, 4s) in [0, 255] and, where
     asked for, `lr_edges` (1, s, s) and `hr_edges` (1, 4s, 4s) in {0, 255}; and of `softness` (2,),
-    uniform random numbers in [0, 1) for the soft labels. Where a tile cannot be used the item is
-    the error, which so leaves a loading process without its traceback.
+    random numbers in [0, 1) for soft labels. Where a tile cannot be used the item is the error.
 
     Args:
         root: folder of `TrainingSet/`, sliced.
@@ -142,11 +141,9 @@ class PairedTiles(Dataset):
         edges: which Canny edges to compute: any of "lr", "hr".
 
     Attributes:
-        names: ids of the images that are used.
-        small: ids of those that are left out.
-
-    Raises:
-        UserError: all are smaller than the crops.
+        names, small: ids of the images that are used, and that are left out.
+        size: bytes of all tiles, decoded.
+        in_memory: LR and HR tiles after `keep_in_memory`.
     """
 
     def __init__(
@@ -173,7 +170,7 @@ class PairedTiles(Dataset):
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
         pixels = sum(shapes[name][0] * shapes[name][1] for name, _ in places)
-        self.size = 3 * pixels * (1 + SCALE**2)  # bytes of all tiles, decoded
+        self.size = 3 * pixels * (1 + SCALE**2)
         self.in_memory: list[tuple[np.ndarray, np.ndarray]] = []
 
     def keep_in_memory(self) -> None:

@@ -25,7 +25,7 @@ import slice_images_w_overlapping
 import training
 from console import ImageError
 from dataset import PairedTiles, draw_batches, split
-from device import Device, open_device
+from device import open_device
 from inference import Enlarger
 from models import EdgeGenerator, Generator, SRResNet
 from stages import (
@@ -45,7 +45,6 @@ from training import update_ema
 from weights import load_file, load_network, save_file, save_network
 
 STAGES = [EdgePreModel, EdgeModel, SRResNetModel, EdgeStageModel, PreModel, SRModel, SRGANModel]
-PRETRAIN = [SRResNetModel, EdgeStageModel, PreModel]
 FIRST = {EdgePreModel: "EdgeModel", SRResNetModel: "SRResNet"}  # start from nothing or `--init`
 
 
@@ -296,26 +295,16 @@ def test_what_is_to_be_beaten_is_a_flat_line_in_the_same_charts(trained):
 
 
 def test_losses_of_both_networks_and_what_else_is_watched_are_logged(trained):
-    dis = {"loss dis/sum", "discriminator/hr", "discriminator/sr"}
-    terms = {
-        EdgePreModel: {"loss gen/cross-entropy", "edges/precision", "edges/recall"},
-        EdgeModel: {"loss gen/adversarial", "loss gen/feature matching", "edges/recall", *dis},
-        SRResNetModel: {"loss gen/mse", "validation/PSNR", "validation/L1"},
-        EdgeStageModel: {"loss gen/mse", "validation/SSIM"},
-        PreModel: {"loss gen/mse", "validation/PSNR true edges"},
-        SRModel: {
-            *(f"loss gen/{term}" for term in ("l1", "perceptual", "ssim", "adversarial")),
-            *(*dis, "training SSIM", "validation/SSIM", "validation/SSIM true edges"),
-        },
-        SRGANModel: {"loss dis/relativistic", "validation/VGG19 distance", "validation/SSIM", *dis},
-    }
-    common = {"loss gen/sum", "speed/crops per second", "learning rate"}
-    for kind, expected in terms.items():
+    for kind in STAGES:
         seen = scalars(run_of(trained, kind))
-        assert expected | common <= seen.keys() and "SSIM" not in seen
+        assert {"loss gen/sum", "speed/crops per second", "learning rate"} <= seen.keys()
+        adversarial = {"loss dis/sum", "discriminator/hr", "discriminator/sr"} <= seen.keys()
+        assert adversarial is (kind in (EdgeModel, SRModel, SRGANModel))
         sums = [v for k, v in seen.items() if k.startswith("loss gen/") and not k.endswith("/sum")]
         total = sum(np.array(values(curve)) for curve in sums)
         assert total == pytest.approx(np.array(values(seen["loss gen/sum"])), rel=1e-4)
+    assert "validation/SSIM true edges" in scalars(run_of(trained, SRModel))
+    assert "validation/VGG19 distance" in scalars(run_of(trained, SRGANModel))
 
 
 def test_settings_and_samples_are_logged(trained):
@@ -535,23 +524,6 @@ def test_killed_and_resumed_training_ends_as_if_left_alone(
     assert_same_training(folder, tmp_path / "alone", kind)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGKILL")
-def test_training_killed_anywhere_ends_as_if_left_alone(folder, given, tmp_path):
-    shutil.copytree(folder, tmp_path / "alone")
-    more = {"steps": 12, "checkpoint_every": 1}
-    fit(SRResNetModel, given(SRResNetModel, ckpts=tmp_path / "alone", **more))
-    rng = np.random.default_rng(0)
-    for resume in (False, True):
-        options = given(SRResNetModel, resume=resume, **more)
-        process = Launched(tmp_path / "log", fit, SRResNetModel, options)
-        wait_for(run_of(folder, SRResNetModel) / "state.pth", process)
-        time.sleep(rng.uniform(0, 2 if resume else 0.5))  # anywhere, also amid a checkpoint
-        process.processes[0].kill()
-        process.wait()
-    fit(SRResNetModel, given(SRResNetModel, resume=True, **more))
-    assert_same_training(folder, tmp_path / "alone", SRResNetModel)
-
-
 def wait_for(path, process):
     """Waits until a file is there that a launched training writes."""
     while not path.exists() and process.processes[0].is_alive():
@@ -645,18 +617,10 @@ def test_resuming_what_is_not_there_starts_from_scratch_and_says_so(folder, give
         ({"seed": 1}, "seed 0 -> 1"),
         ({"learning_rate": 1e-3}, "learning rate 0.0004 -> 0.001"),
         ({"held_out": 0}, "held-out images"),
-        ({"root": "other"}, "training images"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(
-    sliced, folder, given, refused, tmp_path, change, named
-):
+def test_resuming_with_other_settings_is_refused(folder, given, refused, change, named):
     fit(SRResNetModel, given(SRResNetModel, steps=2))
-    if "root" in change:
-        change = {"root": tmp_path / "other"}
-        shutil.copytree(sliced, tmp_path / "other")
-        for path in [*(tmp_path / "other").rglob("*px_0003.png"), *tmp_path.rglob("0003_*")]:
-            path.unlink()
     path = run_of(folder, SRResNetModel) / "state.pth"
     before, options = path.read_bytes(), given(SRResNetModel, resume=True, **change)
     line = refused(SRResNetModel, options)
@@ -710,11 +674,10 @@ def not_finite(content):
     [
         (lambda good: {"step": 9, "gen": {}}, "not a state"),
         (lambda good: good | {"parts": good["parts"] | {"gen": {}}}, "does not fit"),
-        (lambda good: good | {"parts": {}}, "does not fit"),
         (not_finite, "not finite"),
         (None, "damaged"),
     ],
-    ids=["other", "foreign", "empty", "nan", "cut"],
+    ids=["other", "foreign", "nan", "cut"],
 )
 def test_states_that_cannot_be_resumed_are_refused_in_one_line(
     folder, given, refused, spoil, words
@@ -896,19 +859,6 @@ def test_loss_that_is_not_finite_in_one_batch_stops_the_training(
     assert not (run_of(folder, SRModel) / "state.pth").exists()
 
 
-def test_optimiser_that_is_not_finite_is_not_saved(folder, given, refused, monkeypatch):
-    original = SRResNetModel.losses
-
-    def losses(self, batch):
-        terms, scalars = original(self, batch)
-        return {"gen": {"mse": terms["gen"]["mse"] * 1e25}}, scalars
-
-    monkeypatch.setattr(SRResNetModel, "losses", losses)
-    options = given(SRResNetModel, learning_rate=1e-30, held_out=0)
-    assert "not finite" in refused(SRResNetModel, options)
-    assert not (run_of(folder, SRResNetModel) / "state.pth").exists()
-
-
 def spoil_one_tile(sliced, root, batch, part=slice(None)):
     """Copies a root and damages a tile that batch number `batch` is the first to need.
 
@@ -1026,49 +976,31 @@ def batch_of(sliced):
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
-def gradients(kind, options, device, batch):
+def gradients(options, root, device):
     """All networks' gradients of one batch, averaged over the processes, each in one vector."""
-    torch.manual_seed(3)
-    stage = kind(kind.recipe, options, device)
-    losses, _ = stage.losses({key: device.send(value) for key, value in batch.items()})
-    for terms in losses.values():
-        sum(terms.values()).backward()
-    device.average_gradients(stage.networks.values())
-    return {
-        key: torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
-        for key, network in stage.networks.items()
-    }
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def all_gradients(options, root, device, precisions):
-    batch = batch_of(root)
     # the first half of each process's crops is given true edges: so each gets one of them
-    mine = slice(device.rank, None, device.world)
-    batch = {key: value[mine] for key, value in batch.items()}
-    return {
-        f"{kind.__name__} {name}": gradients(
-            kind,
-            options,
-            Device(device.torch_device, PRECISIONS[name], device.rank, device.world),
-            batch,
-        )
-        for kind in (EdgeModel, PreModel, SRModel)
-        for name in precisions
-        if name == "fp32" or kind is SRModel
-    }
+    mine = {key: value[device.rank :: device.world] for key, value in batch_of(root).items()}
+    found = {}
+    for kind in (EdgeModel, PreModel, SRModel):
+        torch.manual_seed(3)
+        stage = kind(kind.recipe, options, device)
+        losses, _ = stage.losses({key: device.send(value) for key, value in mine.items()})
+        for terms in losses.values():
+            sum(terms.values()).backward()
+        device.average_gradients(stage.networks.values())
+        for key, network in stage.networks.items():
+            grads = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+            found[f"{kind.__name__} {key}"] = torch.cat(grads)
+    return found
 
 
 def write_gradients(options, root, path):
     """What each of two processes does."""
     os.cpu_count = lambda: 8
     with open_device("cpu", "fp32", training=True) as device:
-        found = all_gradients(options, root, device, PRECISIONS)
-        torch.save(
-            {"gradients": found, "threads": torch.get_num_threads()}, f"{path}.{device.rank}"
-        )
+        found = gradients(options, root, device)
+        threads = torch.get_num_threads()
+        torch.save({"gradients": found, "threads": threads}, f"{path}.{device.rank}")
 
 
 def test_two_processes_compute_the_gradient_of_the_doubled_batch(sliced, given, tmp_path):
@@ -1079,10 +1011,6 @@ def test_two_processes_compute_the_gradient_of_the_doubled_batch(sliced, given, 
     both = [load_file(tmp_path / f"gradients.{rank}") for rank in range(2)]
     assert_equal(both[0]["gradients"], both[1]["gradients"])
     assert both[0]["threads"] == 4  # of eight processors
-    alone = all_gradients(options, sliced, CPU, ["fp32"])
-    for title, networks in both[0]["gradients"].items():
-        kind, precision = title.split()
-        for key, two in networks.items():
-            one = alone[f"{kind} fp32"][key]
-            tolerance = 1e-3 if precision == "fp32" else 0.2
-            assert one.norm() > 0 and (one - two).norm() < tolerance * one.norm(), (title, key)
+    alone = gradients(options, sliced, CPU)
+    for key, two in both[0]["gradients"].items():
+        assert alone[key].norm() > 0 and (alone[key] - two).norm() < 1e-3 * alone[key].norm(), key
