@@ -183,8 +183,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
     """Returns what to log of a discriminator's answers."""
-    means = on_hr.float().mean(), on_sr.float().mean()
-    return dict(zip(("discriminator/hr", "discriminator/sr"), means, strict=True))
+    return {"discriminator/hr": on_hr.float().mean(), "discriminator/sr": on_sr.float().mean()}
 
 
 # The edge generator ---------------------------------------------------------------------------
@@ -295,9 +294,7 @@ class ImageStage(Stage):
         """Returns the metrics of an image, `(4H, 4W, 3)` uint8."""
         return metrics.compare(sr, hr, self.device)
 
-    def compare_with_true_edges(
-        self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray
-    ) -> Metrics:
+    def with_true_edges(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics of the image that is made with the ground truth's edges."""
         height, width = (SCALE * side for side in lr.shape[:2])
         return self.compare(enlarger(lr, images.canny(hr[:height, :width])), hr)
@@ -370,7 +367,7 @@ class EdgeStageModel(ImageStage):
             return network(batch["lr"], batch["hr_edges"])
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return self.compare_with_true_edges(enlarger, lr, hr)
+        return self.with_true_edges(enlarger, lr, hr)
 
 
 def trunk(generator: Generator) -> list[nn.Module]:
@@ -427,7 +424,7 @@ class PreModel(ImageStage):
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         found = self.compare(enlarger(lr), hr)
-        with_true = self.compare_with_true_edges(enlarger, lr, hr)
+        with_true = self.with_true_edges(enlarger, lr, hr)
         return found | {f"{key} true edges": with_true[key] for key in ("PSNR", "SSIM")}
 
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Launched, photograph, save, shrunk
+from conftest import CPU, Launched, failing, photograph, save, shrunk
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoints
@@ -46,15 +46,6 @@ from weights import load_file, load_network, save_file, save_network
 
 STAGES = [EdgePreModel, EdgeModel, SRResNetModel, EdgeStageModel, PreModel, SRModel, SRGANModel]
 FIRST = {EdgePreModel: "EdgeModel", SRResNetModel: "SRResNet"}  # start from nothing or `--init`
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Has all trainings compute alike, and not wait for other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -116,16 +107,7 @@ def fit(kind, options, precision="auto"):
 @pytest.fixture
 def refused(capsys):
     """A function that trains, which must end with 1, and returns the last line."""
-
-    def given(kind, options, precision="auto"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            fit(kind, options, precision)
-        printed = capsys.readouterr().err
-        assert ended.value.code == 1 and "Traceback" not in printed
-        return printed.splitlines()[-1]
-
-    return given
+    return lambda *arguments: failing(capsys, fit, *arguments).splitlines()[-1]
 
 
 def fit_from_disk(*arguments):
