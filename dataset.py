@@ -179,6 +179,7 @@ class PairedTiles(Dataset):
         Raises:
             ImageError: a tile cannot be used.
         """
+        device.release_freed_memory()  # of the stage before
         if self.size < device.free_memory() / 2:
             self.in_memory = in_threads(load_pair, self.pairs, "Decoding tiles")
 

@@ -123,11 +123,11 @@ def fit(  # noqa: PLR0912, PLR0915
                     now = validate(stage, ema, held_out, device)
                     log.validation(now, reference)
                     log.samples(stage, ema, samples)
+                    if done.step and stage.better(now, done.best):  # 0 is what training starts from
+                        device.from_first(weights.save_network, ema, folder / "best.pth")
+                        done.best, done.best_step = now, done.step
                     done.validated = done.step
-                    if done.step:  # else it is what training starts from
-                        if stage.better(now, done.best):
-                            done.best, done.best_step = now, done.step
-                            device.from_first(weights.save_network, ema, folder / "best.pth")
+                    if done.step:
                         device.from_first(save)
                     saved = time.monotonic()
                 if last:

@@ -25,7 +25,8 @@ from models import EdgeGenerator, Generator, SRResNet
 from tiles import HR, LR, SCALE, TEST, TRAINING
 from weights import save_network
 
-# Whatever the processor: TEST_BF16=0 and TEST_BF16=1 have "auto" mean float32 and bfloat16.
+# Whatever the processor: TEST_BF16=0 and TEST_BF16=1 have "auto" mean float32 and bfloat16. CI runs
+# all tests with the one, and tests/test_training.py and tests/test_device.py with the other too.
 if bf16 := os.environ.get("TEST_BF16"):
     torch.cpu.get_capabilities = lambda: {"avx512_bf16": bf16 == "1"}
 
