@@ -486,6 +486,16 @@ def test_what_training_starts_from_is_not_its_result(given, folder, monkeypatch)
     )
 
 
+def test_changed_settings_publish_nothing_worse(given, folder, monkeypatch):
+    scores = iter([0.5, 0.1, 0.9, 0.9, 0.3])  # before, at steps 0 and 2; before, at step 4
+    monkeypatch.setattr(SRResNetModel, "validate", lambda *_: {"SSIM": next(scores)})
+    monkeypatch.setattr(SRResNetModel, "reference", lambda *_: {"SSIM": 0.5})
+    fit(SRResNetModel, given(SRResNetModel, steps=2))
+    good = published(folder, SRResNetModel)
+    fit(SRResNetModel, given(SRResNetModel, resume=True, accept_changes=True, seed=1))
+    assert published(folder, SRResNetModel) == good
+
+
 # Stopping and resuming ------------------------------------------------------------------------
 
 
