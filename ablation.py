@@ -48,24 +48,24 @@ def main() -> None:
 
     by_variant: dict[str, list[Metrics]] = defaultdict(list)
     by_edges: dict[str, list[Metrics]] = defaultdict(list)
-    with open_device() as device:
-        enlargers = load_enlargers(options.ckpts, device)
-        for name in console.progress(names, desc="Measuring", unit="image"):
-            lr, hr = images.read_image(lr_paths[name]), images.read_image(hr_paths[name])
-            hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
-            if options.jpeg:
-                lr = dataset.through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
-            true = images.canny(hr)
-            made, found = make_variants(lr, true, enlargers)
-            for variant, sr in made.items():
-                row = metrics.compare(sr, hr, device) | metrics.color_shift(sr, hr)
-                by_variant[variant].append(row)
-                (output / variant).mkdir(parents=True, exist_ok=True)
-                images.write_png(output / variant / f"{name}.png", sr)
-            for source, edges in found.items():
-                for tolerance in (0, 1):
-                    row = metrics.compare_edges(edges, true, device, tolerance)
-                    by_edges[f"{source}, within {tolerance} px"].append(row)
+    device = open_device()
+    enlargers = load_enlargers(options.ckpts, device)
+    for name in console.progress(names, desc="Measuring", unit="image"):
+        lr, hr = images.read_image(lr_paths[name]), images.read_image(hr_paths[name])
+        hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
+        if options.jpeg:
+            lr = dataset.through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
+        true = images.canny(hr)
+        made, found = make_variants(lr, true, enlargers)
+        for variant, sr in made.items():
+            row = metrics.compare(sr, hr, device) | metrics.color_shift(sr, hr)
+            by_variant[variant].append(row)
+            (output / variant).mkdir(parents=True, exist_ok=True)
+            images.write_png(output / variant / f"{name}.png", sr)
+        for source, edges in found.items():
+            for tolerance in (0, 1):
+                row = metrics.compare_edges(edges, true, device, tolerance)
+                by_edges[f"{source}, within {tolerance} px"].append(row)
     for file, table in {"images.csv": by_variant, "edges.csv": by_edges}.items():
         rows = [(title, metrics.mean_of(each)) for title, each in table.items()]
         metrics.print_table(rows)

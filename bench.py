@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -79,12 +78,12 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Prints the seconds of one measurement and the most bytes that this process has used."""
     kind = device.choose_kind(options.device)
-    opened = nullcontext(device.Device(torch.device(kind)))  # without what is done for speed
-    if not options.plain:
+    if options.plain:
+        on = device.Device(torch.device(kind))  # without what is done for speed
+    else:
         training = options.measure == "training step"
-        opened = device.open_device(options.device, options.precision, training)
-    with opened as on:
-        seconds = STAGES[options.measure](on, options.plain)
+        on = device.open_device(options.device, options.precision, training)
+    seconds = STAGES[options.measure](on, options.plain)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
     print(json.dumps([seconds, torch.cuda.max_memory_allocated() if kind == "cuda" else used]))
 

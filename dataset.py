@@ -143,7 +143,7 @@ class PairedTiles(Dataset):
     Attributes:
         names, small: ids of the images that are used, and that are left out.
         size: bytes of all tiles, decoded.
-        in_memory: LR and HR tiles after `keep_in_memory`.
+        in_memory: what `load_pair` returns of each tile, after `keep_in_memory`.
     """
 
     def __init__(
@@ -170,18 +170,21 @@ class PairedTiles(Dataset):
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
         pixels = sum(shapes[name][0] * shapes[name][1] for name, _ in places)
-        self.size = 3 * pixels * (1 + SCALE**2)
-        self.in_memory: list[tuple[np.ndarray, np.ndarray]] = []
+        self.keeps_edges = "hr" in edges and not color  # recoloured crops have their own
+        self.size = pixels * (3 + SCALE**2 * (4 if self.keeps_edges else 3))
+        self.in_memory: list[list[np.ndarray]] = []
 
     def keep_in_memory(self) -> None:
-        """Decodes all tiles, for this process and its forks, if half of free memory holds them.
+        """Decodes all tiles and finds their HR edges, for this process and its forks, if half of
+        free memory holds them.
 
         Raises:
             ImageError: a tile cannot be used.
         """
         device.release_freed_memory()  # of the stage before
         if self.size < device.free_memory() / 2:
-            self.in_memory = in_threads(load_pair, self.pairs, "Decoding tiles")
+            jobs = [(*pair, self.keeps_edges) for pair in self.pairs]
+            self.in_memory = in_threads(load_pair, jobs, "Decoding tiles")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -196,7 +199,8 @@ class PairedTiles(Dataset):
         """Returns the item for a request."""
         rng = np.random.default_rng((*request.seed, 2))
         number = request.tile
-        lr, hr = self.in_memory[number] if self.in_memory else load_pair(*self.pairs[number])
+        loaded = self.in_memory[number] if self.in_memory else load_pair(*self.pairs[number])
+        lr, hr, *hr_edges = loaded
         height, width, _ = lr.shape
         top = int(rng.integers(height - request.size + 1))
         left = int(rng.integers(width - request.size + 1))
@@ -208,13 +212,13 @@ class PairedTiles(Dataset):
 
         area = slice(top, top + request.size), slice(left, left + request.size)
         quality = quality if compressed else None
-        item = crop_pair(lr, hr, area, self.edges, changes, quality)
+        item = crop_pair(lr, hr, area, self.edges, changes, quality, *hr_edges)
         item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
         return item | {"softness": softness}
 
 
-def load_pair(lr_path: Path, hr_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an LR tile and its HR tile.
+def load_pair(lr_path: Path, hr_path: Path, with_edges: bool = False) -> list[np.ndarray]:
+    """Returns an LR tile, its HR tile and, if asked for, the latter's edges.
 
     Raises:
         ImageError: one cannot be read, or they do not fit each other.
@@ -222,7 +226,7 @@ def load_pair(lr_path: Path, hr_path: Path) -> tuple[np.ndarray, np.ndarray]:
     lr, hr = images.read_image(lr_path), images.read_image(hr_path)
     if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
         raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {SLICE} again")
-    return lr, hr
+    return [lr, hr, images.canny(hr)] if with_edges else [lr, hr]
 
 
 def crop_pair(
@@ -232,6 +236,7 @@ def crop_pair(
     edges: tuple[str, ...],
     changes: Sequence[tuple] = (),
     quality: int | None = None,
+    hr_edges: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """Returns the crops of an LR and an HR image at one place, as an item of `PairedTiles`.
 
@@ -242,6 +247,8 @@ def crop_pair(
         area: of the LR image.
         changes: of `draw_colors`, the same for LR and HR.
         quality: of the JPEG that the LR crop passes through; None for none.
+        hr_edges: of the whole HR image, `(4H, 4W)` uint8, if they are known: nearly everywhere
+            those of the crop and its margin.
     """
     item = {}
     outer = tiles.grow(area, images.CANNY_REACH, lr.shape)
@@ -254,7 +261,10 @@ def crop_pair(
             crop = through_jpeg(crop, quality)
         item[kind] = crop[:, *inner]
         if kind in edges:
-            found = images.canny(crop.permute(1, 2, 0).numpy())
+            if kind == "hr" and hr_edges is not None:
+                found = hr_edges[tiles.scaled(outer, scale)]
+            else:
+                found = images.canny(crop.permute(1, 2, 0).numpy())
             item[f"{kind}_edges"] = torch.from_numpy(found)[None, *inner]
     return item
 

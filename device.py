@@ -1,9 +1,10 @@
 """Where the networks run: device, precision, processes."""
 
+import atexit
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -129,10 +130,7 @@ class Device:
             parameter.grad.copy_(part.view_as(parameter))
 
 
-@contextlib.contextmanager
-def open_device(
-    name: str = "auto", precision: str = "auto", training: bool = False
-) -> Iterator[Device]:
+def open_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
     """Finds device and precision and, under torchrun, joins the other processes.
 
     Args:
@@ -159,13 +157,11 @@ def open_device(
     if world > 1:
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torchrun sets it by itself
             torch.set_num_threads(console.processor_share())
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
-    try:
-        yield Device(place, dtype, rank, world, layout)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        if not dist.is_initialized():  # by the command before this one
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
+            atexit.register(dist.destroy_process_group)
+    return Device(place, dtype, rank, world, layout)
 
 
 def choose_kind(name: str) -> str:

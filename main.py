@@ -92,11 +92,11 @@ def train_stages(options: Namespace, names: list[str]) -> None:
     from device import open_device
 
     chosen = [stages.STAGES[name] for name in names if options.stage in (None, name)]
-    with open_device(options.device, options.precision, training=True) as device:
-        device.from_first(check_weights, chosen, options)
-        for stage in chosen:
-            training.fit(stage, options, device)
-            options.init = None
+    device = open_device(options.device, options.precision, training=True)
+    device.from_first(check_weights, chosen, options)
+    for stage in chosen:
+        training.fit(stage, options, device)
+        options.init = None
 
 
 def check_weights(chosen: list[type], options: Namespace) -> None:
@@ -127,12 +127,12 @@ def enlarge(
     from inference import Enlarger
 
     jobs, problems = found
-    with open_device(options.device, options.precision) as device:
-        if device.rank == 0:
-            console.info(device.describe())
-        enlarger = Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
-        work = partial(work, enlarger)
-        pipeline.for_each(jobs, work, done, where, problems=problems, device=device)
+    device = open_device(options.device, options.precision)
+    if device.rank == 0:
+        console.info(device.describe())
+    enlarger = Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
+    work = partial(work, enlarger)
+    pipeline.for_each(jobs, work, done, where, problems=problems, device=device)
 
 
 def chosen_generators(options: Namespace) -> dict[Path, float]:
@@ -311,10 +311,10 @@ def evaluate(options: Namespace) -> None:
         raise UserError(f"{folder}: no ground truth of the images to evaluate")
     table, missing = known[0].target.with_name("metrics.csv"), len(jobs) - len(known)
     where = f"{table}; {missing} more without ground truth" if missing else table
-    with open_device(options.device, "fp32") as device:
-        work = partial(evaluate_image, hr, rows, device)
-        pipeline.for_each(known, work, "Evaluated", where, problems=problems, device=device)
-        write_table(table, rows, device)
+    device = open_device(options.device, "fp32")
+    work = partial(evaluate_image, hr, rows, device)
+    pipeline.for_each(known, work, "Evaluated", where, problems=problems, device=device)
+    write_table(table, rows, device)
 
 
 def evaluate_image(

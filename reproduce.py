@@ -57,24 +57,24 @@ def run() -> None:
     options = parser.parse_args()
     end, plan_path = time.monotonic() + 60 * options.minutes, options.runs / "reproduce.json"
     plan = json.loads(plan_path.read_text()) if options.resume and plan_path.exists() else {}
-    with open_device(training=True) as device:
-        left = [name for name in options.stages if plan.get(name) != DONE]
-        for number, name in enumerate(left):
-            share = SHARES[name] / sum(SHARES[each] for each in left[number:])
-            given, command = stage_options(name, options, device)
-            if name in plan:
-                given.resume, given.steps = True, plan[name]
-            else:
-                seconds = share * (end - time.monotonic())
-                given.steps = device.gather([count_steps(name, given, device, seconds)])[0]
-            batches = given.steps * stages.STAGES[name].recipe.accumulate
-            given.checkpoint_every = -(-batches // 2)  # two validations
-            command += ["--steps", given.steps, "--checkpoint-every", given.checkpoint_every]
-            device.info(f"$ python main.py {shlex.join(map(str, command))}")
-            device.from_first(save_plan, plan_path, plan | {name: given.steps})
-            training.fit(stages.STAGES[name], given, device)
-            plan[name] = DONE
-            device.from_first(save_plan, plan_path, plan)
+    device = open_device(training=True)
+    left = [name for name in options.stages if plan.get(name) != DONE]
+    for number, name in enumerate(left):
+        share = SHARES[name] / sum(SHARES[each] for each in left[number:])
+        given, command = stage_options(name, options, device)
+        if name in plan:
+            given.resume, given.steps = True, plan[name]
+        else:
+            seconds = share * (end - time.monotonic())
+            given.steps = device.gather([count_steps(name, given, device, seconds)])[0]
+        batches = given.steps * stages.STAGES[name].recipe.accumulate
+        given.checkpoint_every = -(-batches // 2)  # two validations
+        command += ["--steps", given.steps, "--checkpoint-every", given.checkpoint_every]
+        device.info(f"$ python main.py {shlex.join(map(str, command))}")
+        device.from_first(save_plan, plan_path, plan | {name: given.steps})
+        training.fit(stages.STAGES[name], given, device)
+        plan[name] = DONE
+        device.from_first(save_plan, plan_path, plan)
     if (options.root / tiles.TEST / tiles.HR).is_dir():
         arguments = ["--root", options.root, "--ckpts", options.ckpts]
         subprocess.run([sys.executable, console.ROOT / "ablation.py", *arguments], check=True)

@@ -72,9 +72,9 @@ def test_the_cpu_is_used_without_looking_for_a_gpu(monkeypatch):
 
 def test_opening_a_gpu(gpu):
     gpu()
-    with device.open_device() as opened:
-        assert opened.torch_device == torch.device("cuda", 1)
-        assert opened.dtype == torch.bfloat16 and opened.free_bytes() == 7
+    opened = device.open_device()
+    assert opened.torch_device == torch.device("cuda", 1)
+    assert opened.dtype == torch.bfloat16 and opened.free_bytes() == 7
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_few_kernels_are_kept_for_images_of_many_sizes(monkeypatch, training, gi
     monkeypatch.setenv(name, given or "")  # so that it is put back
     if given is None:
         monkeypatch.delenv(name)
-    with device.open_device("cpu", training=training):
-        assert device.os.environ.get(name) == found
+    device.open_device("cpu", training=training)
+    assert device.os.environ.get(name) == found
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -118,8 +118,8 @@ def test_precision_is_what_the_processor_computes_in(gpu, monkeypatch, capsys):
 def test_what_torchrun_left_in_the_environment_alone_means_nothing(monkeypatch):
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.setenv(name, "2")
-    with open_device("cpu") as opened:
-        assert (opened.rank, opened.world) == (0, 1)
+    opened = open_device("cpu")
+    assert (opened.rank, opened.world) == (0, 1)
 
 
 def test_a_device_is_described_in_words(monkeypatch):
@@ -160,9 +160,9 @@ def test_networks_and_images_are_in_the_layout_that_convolutions_are_fastest_in(
     ],
 )
 def test_layout_on_a_cpu(precision, training, layout):
-    with open_device("cpu", precision, training) as device:
-        weight = device.place(Generator(8, 4)).conv2.weight
-        sent = device.send(torch.zeros(2, 3, 5, 6, dtype=torch.uint8))
+    device = open_device("cpu", precision, training)
+    weight = device.place(Generator(8, 4)).conv2.weight
+    sent = device.send(torch.zeros(2, 3, 5, 6, dtype=torch.uint8))
     assert weight.is_contiguous(memory_format=layout) and sent.is_contiguous(memory_format=layout)
 
 

@@ -96,13 +96,13 @@ def group(request):
 
 def normalised(path):
     """What each of two processes does with its half of a batch."""
-    with open_device("cpu", "fp32", training=True) as device:
-        norm, x, weight = norm_and_batch(SyncBatchNorm)
-        mine = slice(2 * device.rank, 2 * device.rank + 2)
-        x = x[mine].detach().requires_grad_()
-        y = norm(x)
-        (y * weight[mine]).sum().backward()
-        torch.save([y, x.grad, *norm.buffers()], f"{path}.{device.rank}")
+    device = open_device("cpu", "fp32", training=True)
+    norm, x, weight = norm_and_batch(SyncBatchNorm)
+    mine = slice(2 * device.rank, 2 * device.rank + 2)
+    x = x[mine].detach().requires_grad_()
+    y = norm(x)
+    (y * weight[mine]).sum().backward()
+    torch.save([y, x.grad, *norm.buffers()], f"{path}.{device.rank}")
 
 
 def norm_and_batch(kind):

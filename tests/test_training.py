@@ -100,7 +100,8 @@ def options_of(root, vgg, ckpts, folder, kind, /, **changes):
 
 def fit(kind, options, precision="auto"):
     """Trains a stage as a command does."""
-    with console.plain_errors(), open_device("cpu", precision, training=True) as device:
+    with console.plain_errors():
+        device = open_device("cpu", precision, training=True)
         training.fit(kind, options, device)
 
 
@@ -989,10 +990,10 @@ def gradients(options, root, device):
 def write_gradients(options, root, path):
     """What each of two processes does."""
     os.cpu_count = lambda: 8
-    with open_device("cpu", "fp32", training=True) as device:
-        found = gradients(options, root, device)
-        threads = torch.get_num_threads()
-        torch.save({"gradients": found, "threads": threads}, f"{path}.{device.rank}")
+    device = open_device("cpu", "fp32", training=True)
+    found = gradients(options, root, device)
+    threads = torch.get_num_threads()
+    torch.save({"gradients": found, "threads": threads}, f"{path}.{device.rank}")
 
 
 def test_two_processes_compute_the_gradient_of_the_doubled_batch(sliced, given, tmp_path):

@@ -26,10 +26,10 @@ def peak(count: int) -> int:
 
     rng = np.random.default_rng(0)
     sizes = [(LARGEST, LARGEST)] if count == 1 else rng.integers(20, LARGEST + 1, (count, 2))
-    with open_device("cpu", "fp32") as device:
-        enlarger = Enlarger(Generator(16, 4), EdgeGenerator(16, 1), device)
-        for height, width in sizes:
-            enlarger(rng.integers(0, 256, (height, width, 3), np.uint8))
+    device = open_device("cpu", "fp32")
+    enlarger = Enlarger(Generator(16, 4), EdgeGenerator(16, 1), device)
+    for height, width in sizes:
+        enlarger(rng.integers(0, 256, (height, width, 3), np.uint8))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
