@@ -44,7 +44,9 @@ def begin(
         UserError: the state is of another training than the one asked for.
     """
     runs = options.runs / stage.name
-    start = stage.starts_from and not options.init and weight_path(options, stage.starts_from)
+    start = None
+    if not options.init and stage.starts_from not in ("", stage.publishes):
+        start = weight_path(options, stage.starts_from)
     needed = [weight_path(options, name) for name in stage.needs]
     settings = settings | {path.name: files.digest(path) for path in needed}
     settings[START] = files.digest(start) if start else ""

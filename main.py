@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from inference import Enlarger
 
 STAGES = {  # of each command that trains
-    "train_edges": ["EdgePreModel", "EdgeModel"],
+    "train_edges": ["EdgePreModel", "EdgeModel"],  # the latter only if it is named
     "pretrain": ["SRResNet", "EdgeStageModel", "PreModel"],
     "train": ["SRModel", "SRGAN"],
 }
@@ -67,7 +67,7 @@ def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
 
 @command
 def train_edges(options: Namespace) -> None:
-    """Trains the edge generator: on pixels, then against its discriminator."""
+    """Trains the edge generator on pixels; with --stage EdgeModel against its discriminator."""
     train_stages(options, STAGES["train_edges"])
 
 
@@ -91,7 +91,8 @@ def train_stages(options: Namespace, names: list[str]) -> None:
     import training
     from device import open_device
 
-    chosen = [stages.STAGES[name] for name in names if options.stage in (None, name)]
+    names = [options.stage] if options.stage else [each for each in names if each != "EdgeModel"]
+    chosen = [stages.STAGES[name] for name in names]
     device = open_device(options.device, options.precision, training=True)
     device.from_first(check_weights, chosen, options)
     for stage in chosen:
@@ -108,7 +109,7 @@ def check_weights(chosen: list[type], options: Namespace) -> None:
             if not (path := options.ckpts / f"{name}_gen.pth").exists():
                 trainer = next(each for each, names in STAGES.items() if name in names)
                 raise UserError(f"{path}: missing; `python main.py {trainer}` trains it")
-        there.add(stage.name)
+        there.add(stage.publishes)
 
 
 # Testing --------------------------------------------------------------------------------------
@@ -434,6 +435,7 @@ def run(argv: list[str]) -> bool:
         hint = console.did_you_mean(words[0], list(COMMANDS))
         hint = hint or f"; see --help, or did you mean `upscale {words[0]}`?"
         parser.error(f"the first argument is to be a command, not {name}{hint}")
+    del options.images
     vars(toggled).update(vars(options))
     return False
 

@@ -92,7 +92,7 @@ def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namesp
     command = next(command for command, names in main.STAGES.items() if name in names)
     argv = ["--stage", name, "--root", options.root, "--crop", options.crop]
     argv += ["--held-out", options.held_out, "--ckpts", options.ckpts, "--runs", options.runs]
-    start = options.init and options.init / stages.weight_path(options, name).name
+    start = options.init and options.init / f"{stages.STAGES[name].publishes}_gen.pth"
     if start and start.exists():
         argv += ["--init", start]
     if options.vgg:

@@ -68,11 +68,16 @@ class Stage:
     """What one stage trains: its networks, `gen` and perhaps `dis`, on the device."""
 
     recipe: Recipe
-    name: ClassVar[str]  # of the files
-    starts_from: ClassVar[str] = ""  # stage whose weights it starts from unless `--init` is given
+    name: ClassVar[str]  # of its runs
+    publishes: ClassVar[str] = ""  # name of its weights, mostly its own
+    starts_from: ClassVar[str] = ""  # name of the weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
     best_by: ClassVar[str]  # validation metric by which weights are the best
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
+    newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
+
+    def __init_subclass__(cls) -> None:
+        cls.publishes = cls.__dict__.get("publishes", getattr(cls, "name", ""))
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         self.recipe, self.device = recipe, device
@@ -137,11 +142,8 @@ class Stage:
         raise NotImplementedError
 
     def better(self, found: Metrics, than: Metrics) -> bool:
-        """Returns whether weights are to replace others, by the metrics of both; {} is the worst.
-
-        Against a discriminator the newer ones always are: no metric here judges what it teaches.
-        """
-        if "dis" in self.networks:
+        """Returns whether weights replace others, by the metrics of both; {} is the worst."""
+        if self.newest_is_best:
             return bool(found)
         return found.get(self.best_by, -math.inf) > than.get(self.best_by, -math.inf)
 
@@ -192,7 +194,7 @@ def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
 class EdgePreModel(Stage):
     """The edge generator on the cross-entropy with Canny's edges of HR."""
 
-    name = "EdgePreModel"
+    name, publishes = "EdgePreModel", "EdgeModel"
     recipe = Recipe(steps=5_000, crops=(32, 32))
     best_by, compared_with = "F1", "edges of LR"
 
@@ -234,7 +236,7 @@ class EdgeModel(EdgePreModel):
     """The edge generator against its discriminator, as Edge-Informed SISR trains it."""
 
     name = "EdgeModel"
-    starts_from = "EdgePreModel"
+    starts_from = "EdgeModel"
     recipe = Recipe(
         steps=20_000, crops=(64, 64), learning_rate=1e-4, betas=(0.0, 0.9), schedule=halving
     )
@@ -325,6 +327,7 @@ class SRGANModel(SRResNetModel):
 
     name = "SRGAN"
     starts_from = "SRResNet"
+    newest_is_best = True
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
     def build(self, options: Namespace) -> None:
@@ -443,6 +446,7 @@ class SRModel(PreModel):
 
     name = "SRModel"
     starts_from = "PreModel"
+    newest_is_best = True
     recipe = Recipe(
         steps=250_000,
         crops=(16, 31),

@@ -102,7 +102,7 @@ def fit(  # noqa: PLR0912, PLR0915
     dataset.keep_in_memory()
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
     samples = held_out_crops(held_out or training, recipe, device)
-    target = weight_path(options, stage.name)
+    target = weight_path(options, stage.publishes)
     before = validate_published(stage, target, held_out, device)
     reference = measure(held_out, device, stage.reference)
 

@@ -77,7 +77,6 @@ def folder(tmp_path, ckpts):
     for name in ("EdgeModel", "SRResNet", "EdgeStageModel", "PreModel"):
         (tmp_path / "ckpts").mkdir(exist_ok=True)
         shutil.copy(ckpts / f"{name}_gen.pth", tmp_path / "ckpts")
-    shutil.copy(ckpts / "EdgeModel_gen.pth", tmp_path / "ckpts" / "EdgePreModel_gen.pth")
     return tmp_path / "ckpts"
 
 
@@ -163,7 +162,7 @@ def step(folder, kind, number=1):
 
 
 def published(folder, kind):
-    return (folder / f"{kind.name}_gen.pth").read_bytes()
+    return (folder / f"{kind.publishes}_gen.pth").read_bytes()
 
 
 def assert_equal(a, b):
@@ -315,14 +314,17 @@ def test_a_training_says_what_it_trains_on_and_what_came_of_it(given, folder, ca
         "4 steps",
     ):
         assert words in first
-    assert str(folder / "EdgePreModel_gen.pth") in last and "best.pth" in last
+    assert str(folder / "EdgeModel_gen.pth") in last and "best.pth" in last
 
 
 def test_each_stage_writes_its_files_and_no_others(trained):
-    assert {path.name for path in trained.glob("*.pth")} == {f"{k.name}_gen.pth" for k in STAGES}
+    assert {path.name for path in trained.glob("*.pth")} == {
+        f"{kind.publishes}_gen.pth" for kind in STAGES
+    }
     for kind in STAGES:
         names = {path.name for path in run_of(trained, kind).iterdir() if path.suffix == ".pth"}
-        assert names == {"state.pth", "latest.pth", "best.pth"}
+        replaced = {name for name in names if name.startswith("replaced-")}
+        assert names - replaced == {"state.pth", "latest.pth", "best.pth"}
     assert load_network(trained / "EdgeModel_gen.pth").arguments == {"width": 4, "blocks": 1}
     assert not list(trained.rglob(".*"))
 
@@ -432,7 +434,7 @@ def test_a_short_trial_takes_no_good_weights_place(given, folder, capsys):
     fit(EdgePreModel, given(EdgePreModel, steps=1))
     assert published(folder, EdgePreModel) == good
     last = capsys.readouterr().out.splitlines()[-1]
-    for path in (folder / "EdgePreModel_gen.pth", run_of(folder, EdgePreModel, 2) / "best.pth"):
+    for path in (folder / "EdgeModel_gen.pth", run_of(folder, EdgePreModel, 2) / "best.pth"):
         assert str(path) in last
 
 
@@ -463,15 +465,26 @@ def test_weights_of_another_network_are_replaced_without_a_comparison(given, fol
 
 def test_an_adversarial_training_publishes_its_last_weights(given, folder, monkeypatch):
     """Whatever its metrics: none of them judges texture."""
-    fit(EdgePreModel, given(EdgePreModel, steps=1))
     scores = iter([0.9, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])  # of the weights before, and of each step
-    monkeypatch.setattr(
-        EdgeModel, "validate", lambda *_: {"F1": next(scores), "precision": 0, "recall": 0}
-    )
-    fit(EdgeModel, given(EdgeModel, checkpoint_every=2))
-    run = run_of(folder, EdgeModel)
-    assert published(folder, EdgeModel) == (run / "latest.pth").read_bytes()
-    assert state(folder, EdgeModel)["progress"]["best_step"] == 4
+    monkeypatch.setattr(SRModel, "validate", lambda *_: {"SSIM": next(scores)})
+    monkeypatch.setattr(SRModel, "reference", lambda *_: {"SSIM": 0.5})
+    fit(SRModel, given(SRModel, checkpoint_every=2))
+    run = run_of(folder, SRModel)
+    assert published(folder, SRModel) == (run / "latest.pth").read_bytes()
+    assert state(folder, SRModel)["progress"]["best_step"] == 4
+
+
+def test_adversarial_edges_are_published_only_if_their_f1_is_higher(given, folder, monkeypatch):
+    before = published(folder, EdgeModel)
+    for scores, kept in (([0.9] + [0.8] * 9, True), ([0.5] + [0.8] * 9, False)):
+        found = iter(scores)
+        monkeypatch.setattr(
+            EdgeModel,
+            "validate",
+            lambda *_, found=found: {"F1": next(found), "precision": 0, "recall": 0},
+        )
+        fit(EdgeModel, given(EdgeModel))
+        assert (published(folder, EdgeModel) == before) is kept
 
 
 def test_what_training_starts_from_is_not_its_result(given, folder, monkeypatch):
@@ -713,14 +726,14 @@ def test_resumed_curves_go_on_in_the_same_chart(folder, given):
 
 
 def test_a_later_stage_is_not_continued_from_weights_that_are_new(folder, given, capsys):
-    for kind in (EdgePreModel, EdgeModel):
+    for kind in (SRResNetModel, SRGANModel):
         fit(kind, given(kind, steps=2))
-    fit(EdgePreModel, given(EdgePreModel, steps=40, checkpoint_every=20, resume=True))
-    fit(EdgeModel, given(EdgeModel, steps=3, resume=True))
-    assert "EdgePreModel_gen.pth is new" in capsys.readouterr().out
-    assert step(folder, EdgeModel) == 2 and step(folder, EdgeModel, 2) == 3
-    fit(EdgeModel, given(EdgeModel, steps=4, resume=True))
-    assert step(folder, EdgeModel, 2) == 4
+    fit(SRResNetModel, given(SRResNetModel, steps=40, checkpoint_every=20, resume=True))
+    fit(SRGANModel, given(SRGANModel, steps=3, resume=True))
+    assert "SRResNet_gen.pth is new" in capsys.readouterr().out
+    assert step(folder, SRGANModel) == 2 and step(folder, SRGANModel, 2) == 3
+    fit(SRGANModel, given(SRGANModel, steps=4, resume=True))
+    assert step(folder, SRGANModel, 2) == 4
 
 
 def test_changed_optimiser_settings_are_applied_on_resuming(folder, given, monkeypatch):

@@ -26,6 +26,7 @@ import torchvision
 from conftest import photograph, save, shrunk
 
 import console
+import stages
 import weights
 from console import ROOT
 from main import STAGES
@@ -33,7 +34,7 @@ from models import EdgeGenerator, Generator, SRResNet
 from tiles import HR, LR, OUTPUT, TEST, TILES, TRAINING
 
 STEPS = {"SRModel": 30}  # others: 100
-COMMANDS = ["slice", "test", "join", *(stage for stages in STAGES.values() for stage in stages)]
+COMMANDS = ["slice", "test", "join", *stages.STAGES]
 
 
 @dataclass
@@ -215,7 +216,7 @@ def training_target(root: Path, name: str) -> Target:
 
     def result() -> dict[str, object]:
         latest = max((runs / name).iterdir(), key=lambda folder: int(folder.name))
-        paths = [*latest.glob("*.pth"), ckpts / f"{name}_gen.pth"]
+        paths = [*latest.glob("*.pth"), ckpts / f"{stages.STAGES[name].publishes}_gen.pth"]
         return {path.name: weights.load_file(path) for path in paths}
 
     def resume() -> list[str]:
