@@ -334,6 +334,13 @@ class SRGANModel(SRResNetModel):
         super().build(options)
         self.add_discriminator(options, distance=F.l1_loss, smooth=True)
 
+    def parameter_groups(self, key: str) -> list[dict]:
+        """Returns a network's groups for Adam: the discriminator learns the faster (Heusel et al.,
+        Two Time-Scale Update Rule, arXiv 1706.08500), or it never sees what the generator paints.
+        """
+        (group,) = super().parameter_groups(key)
+        return [group | {"factor": {"gen": 0.5, "dis": 3.0}[key]}]
+
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
         sr = self.generate(self.generator, batch)
