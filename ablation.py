@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def load_enlargers(ckpts: Path, device: Device) -> dict[str, Enlarger]:
-    """Returns the networks to compare by name, those whose weights are there."""
+    """Returns the networks to compare by name; the SRGAN only if its weights are there."""
     srresnet, srgan, pre, full = (
         ckpts / f"{name}_gen.pth" for name in ("SRResNet", "SRGAN", "PreModel", "SRModel")
     )
@@ -88,7 +88,7 @@ def load_enlargers(ckpts: Path, device: Device) -> dict[str, Enlarger]:
     return {
         title: Enlarger.load(each, ckpts / "EdgeModel_gen.pth", device)
         for title, each in shares.items()
-        if all(path.exists() for path in each)
+        if srgan not in each or srgan.exists()
     }
 
 

@@ -125,19 +125,20 @@ def publish(
 ) -> None:
     """Copies a training's best weights to where tests and later stages look for them.
 
-    Unless those there validate as well: a short trial must not replace good weights. What has not
-    been validated is published only when the training is complete. What is replaced is kept in the
-    training's folder.
+    Unless those there validate as well: a short trial must not replace good weights. What is not
+    validated, or not judged by that (`Stage.newest_is_best`), is published only when the training
+    is complete. What is replaced is kept in the training's folder.
 
     Args:
         before: metrics of the weights there, {} if there are none.
         reference: metrics of what the stage is compared with.
     """
     source, step = folder / "latest.pth", done.step
-    better = step >= stage.recipe.steps
+    complete = step >= stage.recipe.steps
+    better = complete
     if done.best:
         source, step = folder / "best.pth", done.best_step
-        better = stage.better(done.best, before)
+        better = stage.better(done.best, before) and (complete or not stage.newest_is_best)
         rows = (stage.compared_with, reference), ("before", before), (f"step {step}", done.best)
         metrics.print_table([row for row in rows if row[1]])
     there = target.exists()

@@ -146,7 +146,10 @@ def progress(*args: object, leave: bool = True, disable: bool = False, **options
 def duration(start: float) -> str:
     """Returns the time since `start` of `time.monotonic()`, as "1.2 s" or "3 min 05 s"."""
     seconds = time.monotonic() - start
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02} s"
 
 
 # Options --------------------------------------------------------------------------------------

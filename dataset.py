@@ -44,7 +44,8 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
         The images to train on, and those to validate with, evenly spread over the sorted ids.
 
     Raises:
-        ImageError: an image has no tiles, or not all, or not of the image as it is now.
+        ImageError: an image has no partner, other LR than HR tiles, or a first tile that was not
+            cut from it as it is now.
     """
     (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
     lr_tiles, hr_tiles = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))

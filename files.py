@@ -1,4 +1,4 @@
-"""Files that appear whole under their name or not at all, and are known again by their content."""
+"""Atomic writes, and digests by which the content of files is recognised."""
 
 import errno
 import hashlib

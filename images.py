@@ -248,7 +248,7 @@ def _to_8_bits(
     deep = numbers or ";16" in str(packing)
     if deep or (kind == "PPM" and isinstance(packing, tuple) and packing[1] > 255):
         notes.append("reduced to 8 bits per channel")
-    # A PNG's transparent colour has its depth, of which Pillow does not think.
+    # A PNG's transparent colour has its depth, which Pillow ignores.
     other_depth = kind == "PNG" and (deep or str(packing).startswith("L;"))
     if other_depth and image.info.pop("transparency", None) is not None:
         notes.append("its transparent colour is left out")

@@ -55,7 +55,7 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
 # Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
-TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT, GRID_WEIGHT = 10, 0.5, 0.2, 1000
+TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT, GRID_WEIGHT = 10, 0.5, 0.1, 1000
 GRID_BLOCK = 8  # cells of 4 x 4 pixels over which the phases of a grid are averaged
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
 
@@ -198,5 +198,5 @@ def vgg_state(path: Path | None) -> dict[str, Tensor]:
     for key, value in found.items():
         fits = isinstance(value, Tensor) and value.shape == wanted[key].shape
         if not (fits and value.isfinite().all()):
-            raise UserError(f"{path}: lacks VGG19's features.{key}; give torchvision's vgg19 file")
+            raise UserError(f"--vgg {path}: lacks features.{key}; give torchvision's vgg19 file")
     return found

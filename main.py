@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from inference import Enlarger
 
 STAGES = {  # of each command that trains
-    "train_edges": ["EdgePreModel", "EdgeModel"],  # the latter only if it is named
+    "train_edges": ["EdgePreModel", "EdgeModel"],
     "pretrain": ["SRResNet", "EdgeStageModel", "PreModel"],
     "train": ["SRModel", "SRGAN"],
 }
+ONLY_IF_NAMED = {"EdgeModel", "SRGAN"}  # by --stage
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
 COMMANDS: dict[str, Callable[..., None]] = {}
 fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
@@ -79,19 +80,19 @@ def pretrain(options: Namespace) -> None:
 
 @command
 def train(options: Namespace) -> None:
-    """Trains the HR generator with all of its losses against its discriminator."""
+    """Trains the HR generator with all of its losses; with --stage SRGAN the SRResNet to paint."""
     train_stages(options, STAGES["train"])
 
 
 def train_stages(options: Namespace, names: list[str]) -> None:
     """Trains a command's stages, each from the one before; the first may have `--init`."""
     if options.steps and options.epochs:
-        raise UserError("--epochs: give it or --steps")
+        raise UserError("--epochs, --steps: give one or the other")
     import stages
     import training
     from device import open_device
 
-    names = [options.stage] if options.stage else [each for each in names if each != "EdgeModel"]
+    names = [options.stage] if options.stage else [n for n in names if n not in ONLY_IF_NAMED]
     chosen = [stages.STAGES[name] for name in names]
     device = open_device(options.device, options.precision, training=True)
     device.from_first(check_weights, chosen, options)
@@ -123,25 +124,24 @@ def enlarge(
     done: str,
     where: Path | str,
 ) -> None:
-    """Has images worked on with the networks; without `shares`, the edge generator alone."""
+    """Works on images with the networks; without `shares`, with the edge generator alone."""
     from device import open_device
     from inference import Enlarger
 
     jobs, problems = found
     device = open_device(options.device, options.precision)
-    if device.rank == 0:
-        console.info(device.describe())
+    device.info(device.describe())
     enlarger = Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
+    if "edges" in options and options.edges and not enlarger.needs_edges:
+        raise UserError("--edges: this generator takes none; give --model edge-srgan")
     work = partial(work, enlarger)
     pipeline.for_each(jobs, work, done, where, problems=problems, device=device)
 
 
 def chosen_generators(options: Namespace) -> dict[Path, float]:
     """Returns the weight files of the generator to use, and their shares if it is a mixture."""
-    if options.edges and options.model != "edge-srgan":
-        raise UserError(f"--edges: {options.model} takes no edges; give --model edge-srgan")
-    if options.texture is not None and options.model != "srgan":
-        raise UserError(f"--texture: only srgan has it, not {options.model}; give --model srgan")
+    if options.texture is not None and (options.model != "srgan" or options.generator):
+        raise UserError("--texture: goes with --model srgan alone")
     if options.generator:
         return {options.generator: 1.0}
     texture = 1.0 if options.texture is None else options.texture
@@ -370,7 +370,8 @@ def parser_of(*names: str, is_help: bool = False) -> console.Parser:
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
         add("--texture", type=fraction, help="srgan's: 0 smooth and exact, 1 rich in texture")
-        add("--generator", type=console.existing_file, help="weight file of another generator")
+        other = "weight file of another generator, instead of --model"
+        add("--generator", type=console.existing_file, help=other)
         what = "file" if chosen == {"upscale"} else "folder of files {id}.png"
         add("--edges", type=console.path, help=f"{what} with HR edges, instead of predicted ones")
     if "upscale" in chosen:
@@ -434,7 +435,7 @@ def run(argv: list[str]) -> bool:
     if words := [str(path) for path in options.images]:
         hint = console.did_you_mean(words[0], list(COMMANDS))
         hint = hint or f"; see --help, or did you mean `upscale {words[0]}`?"
-        parser.error(f"the first argument is to be a command, not {name}{hint}")
+        parser.error(f"the first argument must be a command, not {name}{hint}")
     del options.images
     vars(toggled).update(vars(options))
     return False

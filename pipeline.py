@@ -253,8 +253,8 @@ def upscale_jobs(
     if output and output.suffix and not output.is_dir():
         if len(sources) > 1 or output.suffix.lower() not in images.RESULTS:
             raise UserError(
-                f"--output {output}: is taken for a file, for its suffix. A file takes one image"
-                f" and one of {', '.join(images.RESULTS)}; such a folder is to exist already"
+                f"--output {output}: looks like a file, which takes one image and one of"
+                f" {', '.join(images.RESULTS)}; if it is a folder, create it first"
             )
         return [Job("", source, output) for source, _ in sources], problems
     jobs: dict[Path, Job] = {}  # by target

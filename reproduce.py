@@ -9,6 +9,7 @@ the table of `ablation.py` if DATA/TestSet/2400px holds images.
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -75,9 +76,11 @@ def run() -> None:
         training.fit(stages.STAGES[name], given, device)
         plan[name] = DONE
         device.from_first(save_plan, plan_path, plan)
-    if (options.root / tiles.TEST / tiles.HR).is_dir():
+    if device.rank == 0 and (options.root / tiles.TEST / tiles.HR).is_dir():
         arguments = ["--root", options.root, "--ckpts", options.ckpts]
-        subprocess.run([sys.executable, console.ROOT / "ablation.py", *arguments], check=True)
+        alone = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+        command = [sys.executable, console.ROOT / "ablation.py", *arguments]
+        subprocess.run(command, check=True, env=alone)
 
 
 def known_stages(text: str) -> list[str]:

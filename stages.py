@@ -179,8 +179,10 @@ def judge(
 def frozen(network: nn.Module) -> Iterator[None]:
     """Lets gradients pass through a network without reaching its weights."""
     network.requires_grad_(False)
-    yield
-    network.requires_grad_(True)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
 
 
 def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:

@@ -110,6 +110,7 @@ def fit(  # noqa: PLR0912, PLR0915
     one_shape = recipe.crops[0] == recipe.crops[1]
     saved, watched = time.monotonic(), torch.zeros((), device=device.torch_device)
     problems: list[Exception] = []
+    whole = True  # not amid the updates of a step
     log = Log(stage, folder, settings, done, device)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
@@ -154,6 +155,7 @@ def fit(  # noqa: PLR0912, PLR0915
                         watched += total.detach()
                     log.count(losses, totals, scalars, len(batch["lr"]))
                 device.average_gradients(networks.values())
+                whole = False
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["factor"]
@@ -161,6 +163,7 @@ def fit(  # noqa: PLR0912, PLR0915
                     optimizer.zero_grad()
                 update_ema(ema, networks["gen"], done.step)
                 done.step += 1
+                whole = True
 
                 # Log
                 log.bar.update()
@@ -178,7 +181,7 @@ def fit(  # noqa: PLR0912, PLR0915
                 " keeps what was saved until then; start again with a lower --learning-rate"
             ) from error
         except (Exception, KeyboardInterrupt) as error:
-            if device.rank == 0 and done.step:
+            if device.rank == 0 and done.step and whole:
                 checkpoints.save_anyway(save, folder, done)
             if is_out_of_memory(error):
                 raise MemoryError("Memory is full; give a smaller --batch-size") from error

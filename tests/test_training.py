@@ -474,6 +474,31 @@ def test_an_adversarial_training_publishes_its_last_weights(given, folder, monke
     assert state(folder, SRModel)["progress"]["best_step"] == 4
 
 
+def test_an_interrupted_adversarial_training_replaces_nothing(given, folder, monkeypatch):
+    shutil.copy(folder / "PreModel_gen.pth", folder / "SRModel_gen.pth")
+    before = published(folder, SRModel)
+    interrupted_at(monkeypatch, SRModel, 8, given(SRModel, steps=100, checkpoint_every=2))
+    assert published(folder, SRModel) == before
+    assert state(folder, SRModel)["progress"]["best_step"] > 0
+
+
+def test_half_a_step_is_not_saved(given, folder, refused, monkeypatch):
+    """An error between the updates of two networks would leave weights that never were."""
+    fit(SRModel, given(SRModel, steps=2))
+    before = state(folder, SRModel)
+    original, calls = torch.optim.Adam.step, []
+
+    def step(self, *arguments):
+        calls.append(self)
+        if len(calls) == 2:  # the discriminator's, after the generator's
+            raise OSError("injected")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    assert "injected" in refused(SRModel, given(SRModel, steps=4, resume=True))
+    assert_equal(state(folder, SRModel)["parts"], before["parts"])
+
+
 def test_adversarial_edges_are_published_only_if_their_f1_is_higher(given, folder, monkeypatch):
     before = published(folder, EdgeModel)
     for scores, kept in (([0.9] + [0.8] * 9, True), ([0.5] + [0.8] * 9, False)):

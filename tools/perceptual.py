@@ -50,6 +50,8 @@ def main() -> None:
                 sr, hr = images.read_image(path), images.read_image(hr_path)
                 hr = hr[: sr.shape[0], : sr.shape[1]]
                 rows.append((float(distance(to_input(sr), to_input(hr))), grid(sr), grid(hr)))
+        if not rows:
+            raise console.UserError(f"{folder}: no image of the ground truth in {options.hr}")
         perceptual, sr_grid, hr_grid = np.mean(rows, axis=0)
         console.info(
             f"{folder.name:32} {len(rows):4} images  ST-LPIPS {perceptual:.4f}"
@@ -81,4 +83,6 @@ def grid(image: np.ndarray) -> float:
     return float(np.sqrt((blocks.mean(axis=(1, 4)) ** 2).mean()))
 
 
-main()
+if __name__ == "__main__":
+    with console.plain_errors():
+        main()
