@@ -27,7 +27,6 @@ from pipeline import Stamp
 from tiles import HR, LR, SCALE, TRAINING
 
 JPEG_QUALITIES = 60, 100
-SLICE = "run `python slice_images_w_overlapping.py`"
 
 T = TypeVar("T")
 Pairs = dict[str, tuple[Path, Path]]  # LR and HR image by id
@@ -50,12 +49,12 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
     lr_tiles, hr_tiles = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))
     if not (lr_tiles and lr and hr):
-        raise ImageError(f"{tile_folder(root, LR)}: no tiles; {SLICE}")
+        raise ImageError(f"{tile_folder(root, LR)}: no tiles; {tiles.SLICE_AGAIN}")
     for name in sorted(lr.keys() | hr.keys()):
         whole = name in lr_tiles and lr_tiles[name].keys() == hr_tiles.get(name, {}).keys()
         if not (whole and name in lr and name in hr):
             path = lr.get(name) or hr[name]
-            raise ImageError(f"{path}: not sliced, or without a partner; {SLICE} again")
+            raise ImageError(f"{path}: not sliced, or without a partner; {tiles.SLICE_AGAIN}")
     pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
     firsts = {name: [min(found[name].items())[1] for found in (lr_tiles, hr_tiles)] for name in lr}
     jobs = [job for name in pairs for job in zip(pairs[name], firsts[name], strict=True)]
@@ -82,7 +81,7 @@ def check_tile(image: Path, tile: Path) -> None:
     """Raises ImageError if a tile's stamp says that it was cut from another image."""
     stamp = Stamp.read(tile)
     if stamp and stamp.source != files.digest(image):
-        raise ImageError(f"{tile}: not cut from {image.name} as it is now; {SLICE} again")
+        raise ImageError(f"{tile}: not cut from {image.name} as it is now; {tiles.SLICE_AGAIN}")
 
 
 class CropRequest(NamedTuple):
@@ -226,7 +225,7 @@ def load_pair(lr_path: Path, hr_path: Path, with_edges: bool = False) -> list[np
     """
     lr, hr = images.read_image(lr_path), images.read_image(hr_path)
     if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
-        raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {SLICE} again")
+        raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {tiles.SLICE_AGAIN}")
     return [lr, hr, images.canny(hr)] if with_edges else [lr, hr]
 
 

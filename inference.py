@@ -20,6 +20,7 @@ import images
 import weights
 from device import Device, is_out_of_memory, release_freed_memory, to_image, to_tensor
 from models import EdgeGenerator, Generator, SRResNet
+from pipeline import OnProgress
 from tiles import full_area, grow, scaled, shape_of, windows, within
 
 EDGE_HALO, TRUNK_HALO, RENDER_HALO = 12, 16, 4  # LR pixels around a window
@@ -27,8 +28,6 @@ SMALLEST_SIDE = 3  # LR pixels that the edge generator needs, to reflect two of 
 EDGE_SHARE = 0.28  # of the multiply-adds of both generators
 BYTES_PER_PIXEL = 21_000  # of a window at LR size in two-byte precision; 6.9 GiB at 600 x 600
 LARGEST_WINDOW, SMALLEST_WINDOW = 1024, 24
-
-OnProgress = Callable[[float], object]
 
 
 @dataclass(frozen=True)
