@@ -17,7 +17,7 @@ import metrics
 import weights
 from console import NotFiniteError, UserError
 from metrics import Metrics
-from stages import Stage, weight_path
+from stages import Stage
 
 START = "starting weights"  # of settings: the digest of a file, "" where --init was given
 
@@ -46,8 +46,8 @@ def begin(
     runs = options.runs / stage.name
     start = None
     if not options.init and stage.starts_from not in ("", stage.publishes):
-        start = weight_path(options, stage.starts_from)
-    needed = [weight_path(options, name) for name in stage.needs]
+        start = files.weight_path(options.ckpts, stage.starts_from)
+    needed = [files.weight_path(options.ckpts, name) for name in stage.needs]
     settings = settings | {path.name: files.digest(path) for path in needed}
     settings[START] = files.digest(start) if start else ""
     numbers = [int(path.name) for path in runs.glob("*") if path.name.isdecimal()]

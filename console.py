@@ -174,11 +174,9 @@ class Parser(argparse.ArgumentParser):
             options["help"] += f" (default: {shown})".replace("%", "%%")
         return super().add_argument(*names, **options)
 
-    def parse_args(
-        self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
         """Returns the options; a command's images may stand between them."""
-        options, unknown = self.parse_known_intermixed_args(args, namespace)
+        options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             name = unknown[0].partition("=")[0]
             self.error(f"unknown argument {unknown[0]}{did_you_mean(name, self.names)}")
@@ -227,8 +225,9 @@ def path(text: str) -> Path:
 
 
 def processor_share(most: int | None = None) -> int:
-    """Returns how many processor cores there are for each process on this machine."""
-    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Returns how many processor cores each process on this machine may use."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    share = max(1, len(allowed(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(share, most) if most else share
 
 

@@ -93,3 +93,8 @@ def digest(*paths: Path) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:16]
+
+
+def weight_path(ckpts: Path, name: str) -> Path:
+    """Returns where the weights of a stage's generator are."""
+    return ckpts / f"{name}_gen.pth"

@@ -72,15 +72,19 @@ class Enlarger:
     Args:
         generator: a `Generator`, or an `SRResNet`, which needs no edges; None: edges only.
         edge_generator: needed for a `Generator` unless it is given edges.
+        weights: their digest and precision, for the stamps of results.
     """
 
     def __init__(
-        self, generator: SRResNet | None, edge_generator: EdgeGenerator | None, device: Device
+        self,
+        generator: SRResNet | None,
+        edge_generator: EdgeGenerator | None,
+        device: Device,
+        weights: str = "",
     ) -> None:
-        self.device, self.windows = device, Windows.of(device)
+        self.device, self.weights, self.windows = device, weights, Windows.of(device)
         self.generator = generator and for_inference(generator, device)
         self.edge_generator = edge_generator and for_inference(edge_generator, device)
-        self.weights = ""  # digest and precision, for the stamps of results
 
     @classmethod
     def load(cls, shares: dict[Path, float], edge_generator: Path, device: Device) -> "Enlarger":
@@ -99,10 +103,8 @@ class Enlarger:
         if network is None or isinstance(network, Generator):
             edges = weights.load_network(edge_generator, EdgeGenerator)
             paths.append(edge_generator)
-        enlarger = cls(network, edges, device)
         parts = [files.digest(*paths), *(f"{share:g}" for share in shares.values()), device.dtype]
-        enlarger.weights = "/".join(map(str, parts)).replace("torch.", "")
-        return enlarger
+        return cls(network, edges, device, "/".join(map(str, parts)).replace("torch.", ""))
 
     @property
     def needs_edges(self) -> bool:

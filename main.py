@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from device import Device
     from inference import Enlarger
 
-STAGES = {  # of each command that trains
+TRAINS = {  # stages of each command that trains
     "train_edges": ["EdgePreModel", "EdgeModel"],
     "pretrain": ["SRResNet", "EdgeStageModel", "PreModel"],
     "train": ["SRModel", "SRGAN"],
@@ -39,7 +39,6 @@ ONLY_IF_NAMED = {"EdgeModel", "SRGAN"}  # by --stage
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
 COMMANDS: dict[str, Callable[..., None]] = {}
 fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-toggled = Namespace()  # options of a command line without a command: for the last lines
 
 
 def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
@@ -57,7 +56,7 @@ def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
                 raise TypeError(f"{work.__name__}() has no option {key}")
             if value is not None and value is not False:
                 argv.append(name if value is True else f"{name}={value}")
-        work(parser.parse_args(argv, Namespace(**vars(toggled))))
+        work(parser.parse_args(argv))
 
     COMMANDS[work.__name__] = call
     return call
@@ -69,19 +68,19 @@ def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
 @command
 def train_edges(options: Namespace) -> None:
     """Trains the edge generator on pixels; with --stage EdgeModel against its discriminator."""
-    train_stages(options, STAGES["train_edges"])
+    train_stages(options, TRAINS["train_edges"])
 
 
 @command
 def pretrain(options: Namespace) -> None:
     """Trains the HR generator on squared error: without edges, the edge stage alone, the whole."""
-    train_stages(options, STAGES["pretrain"])
+    train_stages(options, TRAINS["pretrain"])
 
 
 @command
 def train(options: Namespace) -> None:
     """Trains the HR generator with all of its losses; with --stage SRGAN the SRResNet to paint."""
-    train_stages(options, STAGES["train"])
+    train_stages(options, TRAINS["train"])
 
 
 def train_stages(options: Namespace, names: list[str]) -> None:
@@ -107,8 +106,8 @@ def check_weights(chosen: list[type], options: Namespace) -> None:
     for stage in chosen:
         start = "" if options.init and stage is chosen[0] else stage.starts_from
         for name in {start, *stage.needs} - there:
-            if not (path := options.ckpts / f"{name}_gen.pth").exists():
-                trainer = next(each for each, names in STAGES.items() if name in names)
+            if not (path := files.weight_path(options.ckpts, name)).exists():
+                trainer = next(each for each, names in TRAINS.items() if name in names)
                 raise UserError(f"{path}: missing; `python main.py {trainer}` trains it")
         there.add(stage.publishes)
 
@@ -131,7 +130,8 @@ def enlarge(
     jobs, problems = found
     device = open_device(options.device, options.precision)
     device.info(device.describe())
-    enlarger = Enlarger.load(shares, options.ckpts / "EdgeModel_gen.pth", device)
+    edge_generator = files.weight_path(options.ckpts, "EdgeModel")
+    enlarger = Enlarger.load(shares, edge_generator, device)
     if "edges" in options and options.edges and not enlarger.needs_edges:
         raise UserError("--edges: this generator takes none; give --model edge-srgan")
     work = partial(work, enlarger)
@@ -147,7 +147,7 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
     texture = 1.0 if options.texture is None else options.texture
     mixture = {"SRResNet": 1 - texture, "SRGAN": texture}
     shares = mixture if options.model == "srgan" else {MODELS[options.model]: 1.0}
-    return {options.ckpts / f"{name}_gen.pth": share for name, share in shares.items() if share}
+    return {files.weight_path(options.ckpts, name): part for name, part in shares.items() if part}
 
 
 @command
@@ -351,30 +351,29 @@ def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device")
 # Command line ---------------------------------------------------------------------------------
 
 
-def parser_of(*names: str, is_help: bool = False) -> console.Parser:
-    """Returns the parser of a command's options, or of several commands'."""
-    doc = COMMANDS[names[0]].__doc__ if len(names) == 1 else __doc__
-    parser = console.Parser(doc, prog="main.py" + f" {names[0]}" * (len(names) == 1))
-    add, root, chosen = parser.add_argument, console.ROOT, set(names)
+def parser_of(name: str, is_help: bool = False) -> console.Parser:
+    """Returns the parser of a command's options."""
+    parser = console.Parser(COMMANDS[name].__doc__, prog=f"main.py {name}")
+    add, root = parser.add_argument, console.ROOT
     add("--root", type=console.existing_folder, default=root, help="folder of the image sets")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    if chosen == {"evaluate"}:
+    if name == "evaluate":
         return parser
     add("--ckpts", type=console.path, default=root / "ckpts", help="folder of the weights")
     precisions = ["auto", "fp32", "bf16", "fp16"]
     add("--precision", default="auto", choices=precisions, help="number format of the networks")
-    if trainings := [stage for name in names for stage in STAGES.get(name, ())]:
-        add_training_options(add, trainings, is_help)
-    if chosen & {"test", "upscale"}:
+    if name in TRAINS:
+        add_training_options(add, TRAINS[name], is_help)
+    if name in ("test", "upscale"):
         add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
         add("--texture", type=fraction, help="srgan's: 0 smooth and exact, 1 rich in texture")
         other = "weight file of another generator, instead of --model"
         add("--generator", type=console.existing_file, help=other)
-        what = "file" if chosen == {"upscale"} else "folder of files {id}.png"
+        what = "file" if name == "upscale" else "folder of files {id}.png"
         add("--edges", type=console.path, help=f"{what} with HR edges, instead of predicted ones")
-    if "upscale" in chosen:
+    if name == "upscale":
         add("images", nargs="*", type=console.path, help="images and folders")
         add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
         add("--output", type=console.path, help="file or folder of the results")
@@ -418,32 +417,28 @@ def recipe_values(names: list[str], field: str) -> str:
     return ", ".join(f"{value} in {name}" for value, name in values)
 
 
-def run(argv: list[str]) -> bool:
-    """Runs the command that a command line names; returns whether it names one."""
-    name, *rest = argv or [""]
-    if name in COMMANDS:
-        is_help = bool({"-h", "--help"} & set(rest))
-        COMMANDS[name].__wrapped__(parser_of(name, is_help=is_help).parse_args(rest))
-        return True
+def run(argv: list[str]) -> None:
+    """Runs the command that a command line names."""
+    name, *rest = argv
     if name in ("-h", "--help"):
         console.info(f"{__doc__ or ''}\nCommands; COMMAND --help shows their options:\n")
         for each, call in COMMANDS.items():
             console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
-        return True
-    parser = parser_of(*COMMANDS)
-    options = parser.parse_args(argv)
-    if words := [str(path) for path in options.images]:
-        hint = console.did_you_mean(words[0], list(COMMANDS))
-        hint = hint or f"; see --help, or did you mean `upscale {words[0]}`?"
+    elif name in COMMANDS:
+        parser = parser_of(name, is_help=bool({"-h", "--help"} & set(rest)))
+        COMMANDS[name].__wrapped__(parser.parse_args(rest))
+    else:
+        hint = console.did_you_mean(name, list(COMMANDS))
+        hint = hint or f"; see --help, or did you mean `upscale {name}`?"
+        parser = console.Parser(None, prog="main.py")
         parser.error(f"the first argument must be a command, not {name}{hint}")
-    del options.images
-    vars(toggled).update(vars(options))
-    return False
 
 
 if __name__ == "__main__":
     with console.plain_errors():
-        if not run(sys.argv[1:]):
+        if sys.argv[1:]:
+            run(sys.argv[1:])
+        else:
             # train_edges()
             # pretrain()
             # train()

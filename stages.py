@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import files
 import images
 import losses
 import metrics
@@ -32,11 +33,17 @@ from tiles import SCALE
 
 Batch = dict[str, Tensor]
 Losses = dict[str, dict[str, Tensor]]  # of each network: its terms by name, to be summed
+HALF_LIFE = 250_000  # batches after which `halving` halves
 
 
 def halving(step: int, recipe: "Recipe") -> float:
-    """Returns the learning rate relative to its start: halved every 250 000 batches."""
-    return 0.5 ** (step * recipe.accumulate // 250_000)
+    """Returns the learning rate relative to its start, halved every 250 000 batches.
+
+    Where training is too short for that, the cosine's.
+    """
+    if recipe.steps * recipe.accumulate < HALF_LIFE:
+        return cosine(step, recipe)
+    return 0.5 ** (step * recipe.accumulate // HALF_LIFE)
 
 
 def cosine(step: int, recipe: "Recipe") -> float:
@@ -101,8 +108,10 @@ class Stage:
 
     def start(self, options: Namespace, *kinds: type[nn.Module]) -> nn.Module:
         """Returns the generator that training starts from, a new one where there is none."""
-        if options.init or self.starts_from:
-            return self.load(options.init or weight_path(options, self.starts_from), *kinds)
+        if options.init:
+            return self.load(options.init, *kinds)
+        if self.starts_from:
+            return self.load(files.weight_path(options.ckpts, self.starts_from), *kinds)
         return kinds[0]()
 
     def add(self, key: str, network: nn.Module) -> nn.Module:
@@ -150,11 +159,6 @@ class Stage:
     def samples(self, network: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
         """Returns what a generator makes of a batch: by title, columns of images in [0, 1]."""
         raise NotImplementedError
-
-
-def weight_path(options: Namespace, name: str) -> Path:
-    """Returns where the weights of a stage's generator are."""
-    return options.ckpts / f"{name}_gen.pth"
 
 
 def nearest(lr: Tensor) -> Tensor:
@@ -401,7 +405,8 @@ class PreModel(ImageStage):
 
     def build(self, options: Namespace) -> None:
         self.generator = self.add("gen", self.start(options, Generator))
-        self.edge_generator = self.load(weight_path(options, "EdgeModel"), EdgeGenerator)
+        path = files.weight_path(options.ckpts, "EdgeModel")
+        self.edge_generator = self.load(path, EdgeGenerator)
         self.edge_predictor = for_inference(self.edge_generator, self.device)
 
     def parameter_groups(self, key: str) -> list[dict]:

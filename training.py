@@ -35,7 +35,7 @@ from console import ImageError, NotFiniteError, UserError
 from dataset import PairedTiles, Pairs, crop_pair, draw_batches, split
 from device import Device, is_out_of_memory
 from metrics import Metrics
-from stages import Batch, Recipe, Stage, weight_path
+from stages import Batch, Recipe, Stage
 
 EMA_DECAY = 0.999  # per step
 LOG_EVERY = 20  # steps
@@ -102,7 +102,7 @@ def fit(  # noqa: PLR0912, PLR0915
     dataset.keep_in_memory()
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
     samples = held_out_crops(held_out or training, recipe, device)
-    target = weight_path(options, stage.publishes)
+    target = files.weight_path(options.ckpts, stage.publishes)
     before = validate_published(stage, target, held_out, device)
     reference = measure(held_out, device, stage.reference)
 

@@ -521,7 +521,7 @@ def test_ctrl_c_ends_in_one_line_and_the_rest_can_be_made_later(root, ckpts, tmp
 # The command line -----------------------------------------------------------------------------
 
 
-def script(text, folder, *options):
+def script(text, folder):
     """Runs a copy of main.py that lies beside the others; returns exit status and output."""
     copy = folder / "repository"
     if not copy.exists():
@@ -529,16 +529,16 @@ def script(text, folder, *options):
         for module in REPOSITORY.glob("*.py"):
             shutil.copy(module, copy)
     (copy / "main.py").write_text(text)
-    (status,), printed = Launched(folder / "log", run_copy, copy, folder, options).wait()
+    (status,), printed = Launched(folder / "log", run_copy, copy, folder).wait()
     return status, printed
 
 
-def run_copy(copy, folder, options):
+def run_copy(copy, folder):
     os.chdir(folder)
     for module in copy.glob("*.py"):
         sys.modules.pop(module.stem, None)
     sys.path.insert(0, str(copy))
-    sys.argv = [str(copy / "main.py"), *map(str, options)]
+    sys.argv = [str(copy / "main.py")]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -548,22 +548,24 @@ def test_main_runs_what_its_last_lines_leave_uncommented(root, ckpts, tmp_path):
     names = ["train_edges", "pretrain", "train", "test", "evaluate", "upscale"]
     assert [name for _, name in lines] == names
     assert [name for mark, name in lines if not mark] == ["test"]
-    options = ["--root", root, "--ckpts", ckpts]
-    assert script(text, tmp_path, *options)[0] == 0
-    assert len(list(output(root).glob("*.png"))) == 27
-    join_all(root)
-    shutil.copy(lr_image(root, 1), tmp_path / "holiday.jpg")
-    for name in ("# evaluate()", '# upscale("holiday.jpg")'):
-        assert name in text
-        text = text.replace(name, name[2:])
-    status, printed = script(text, tmp_path, *options)  # --ckpts, which evaluate does not need
-    assert status == 0 and "up to date" in printed
-    assert "metrics.csv" in printed and "Upscaled 1" in printed
-    assert read_image(tmp_path / "holiday_x4.png").shape == (96, 128, 3)
     status, printed = script(text, tmp_path)  # its own folders, which are empty
     (line,) = printed.splitlines()
     assert status == 1 and str(tmp_path / "repository" / TEST / LR) in line
     assert "slice_images_w_overlapping.py" in line and "main.py upscale" in line
+    shutil.copy(lr_image(root, 1), tmp_path / "holiday.jpg")
+    where, networks = f"root={str(root)!r}", f"ckpts={str(ckpts)!r}"
+    join = f"import join_slice_images; join_slice_images.main(['--root', {str(root)!r}])"
+    for line, other in {
+        " test()": f" test({where}, {networks}); {join}",
+        "# evaluate()": f"evaluate({where})",
+        '# upscale("holiday.jpg")': f'upscale("holiday.jpg", {networks})',
+    }.items():
+        assert line in text
+        text = text.replace(line, other)
+    status, printed = script(text, tmp_path)
+    assert status == 0 and "Tested 3" in printed
+    assert "metrics.csv" in printed and "Upscaled 1" in printed
+    assert read_image(tmp_path / "holiday_x4.png").shape == (96, 128, 3)
 
 
 def lines_of(capsys, *argv):
@@ -586,10 +588,10 @@ def test_help_shows_every_option_with_its_default(capsys, monkeypatch, name):
     for key, value in defaults.items():
         if value not in (None, False, []):
             assert f"(default: {value})" in " ".join(shown[key.replace("_", "-")].split())
-    if name in main.STAGES:
+    if name in main.TRAINS:
         import stages  # noqa: PLC0415
 
-        for each in main.STAGES[name]:
+        for each in main.TRAINS[name]:
             assert f"{stages.STAGES[each].recipe.steps:g}" in shown["steps"]
 
 
@@ -600,7 +602,6 @@ def test_help_shows_every_option_with_its_default(capsys, monkeypatch, name):
         (["photo.jpg"], ["photo.jpg", "upscale photo.jpg"]),
         (["dance"], ["dance", "--help"]),
         (["--root", ".", "test"], ["--root", "first"]),
-        (["--rot", "."], ["--rot", "--root"]),
         (["test", "--ckpt", "a"], ["--ckpt", "--ckpts"]),
         (["test", "image.png"], ["image.png"]),
         (["upscale", ""], ["images", "empty"]),

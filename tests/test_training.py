@@ -211,9 +211,12 @@ def values(curve):
 
 
 def test_schedules():
-    recipe = Recipe(steps=10_000, crops=(16, 31), accumulate=2)
+    long, few, recipe = (
+        Recipe(steps=steps, crops=(16, 31), accumulate=2) for steps in (500_000, 124_999, 10_000)
+    )
     steps = (0, 124_999, 125_000, 250_000)  # of two batches
-    assert [halving(step, recipe) for step in steps] == [1, 1, 0.5, 0.25]
+    assert [halving(step, long) for step in steps] == [1, 1, 0.5, 0.25]
+    assert [halving(step, few) for step in (0, 500)] == [cosine(step, few) for step in (0, 500)]
     assert cosine(0, recipe) == pytest.approx(1 / 200)
     assert max(cosine(step, recipe) for step in range(10_000)) == pytest.approx(1, abs=0.01)
     assert cosine(10_000, recipe) == pytest.approx(0.02)
