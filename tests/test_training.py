@@ -1030,7 +1030,7 @@ def gradients(options, root, device):
 
 def write_gradients(options, root, path):
     """What each of two processes does."""
-    os.cpu_count = lambda: 8
+    os.sched_getaffinity = lambda _: range(8)
     device = open_device("cpu", "fp32", training=True)
     found = gradients(options, root, device)
     threads = torch.get_num_threads()
