@@ -1,133 +1,99 @@
-"""Every command line that the documentation shows is one that the scripts understand."""
+"""Every command line of the documentation is understood, and those of the README do what it says.
 
-import argparse
-import importlib
+No test here starts a process: scripts run in this one, as `python SCRIPT` would run them.
+"""
+
+import glob
 import re
+import runpy
 import shlex
+import shutil
+import subprocess
 import sys
-from itertools import pairwise
-from pathlib import Path
+from itertools import chain
 
 import pytest
 import torch.distributed.run
-from conftest import REPOSITORY
+from conftest import REPOSITORY, photograph, save, shrunk, status_of
 
-import main
+import console
+from tiles import HR, LR, TEST, TRAINING
 
-PAGES = [
-    path
-    for path in [
-        *(REPOSITORY / "README.md", REPOSITORY / "ckpts" / "README.md"),
-        *sorted((REPOSITORY / "docs").glob("*.md")),
-    ]
-    if path.exists()
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
-
-def code_blocks(page):
-    """Yields the (language, text) of every fenced block of a page."""
-    yield from re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+README = REPOSITORY / "README.md"
+PAGES = [README, REPOSITORY / "ckpts" / "README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.MULTILINE | re.DOTALL)
+PROGRAM = re.compile(r"(\S*/)?(python3?|torchrun|tensorboard)")
+LONG = {"bench.py", "reproduce.py"}  # take minutes whatever the networks; have tests of their own
+SHORT = ["--steps=2", "--batch-size=1", "--crop=16", "--held-out=1", "--workers=0"]
+INIT = {"train_edges": "EdgeModel", "pretrain": "SRResNet", "train": "PreModel"}  # tiny ones
 
 
 def commands(page):
-    """Yields the words of every command line in a page's code blocks."""
-    for language, text in code_blocks(page):
-        if language == "python":
-            continue
-        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-            try:
-                lexer = shlex.shlex(line.lstrip("$> "), posix=True, punctuation_chars=True)
-                lexer.whitespace_split = True
-                words = list(lexer)
-            except ValueError:  # an apostrophe in something that is no command
-                continue
-            command = []
-            for word in [*words, ";"]:
-                if not set(word) <= set("();<>|&"):
-                    command.append(word)
-                    continue
-                while command and re.match(r"\w+=", command[0]):
-                    command.pop(0)
-                if command:
-                    yield command
-                command = []
+    """Yields (words, comment) of every command in a page's code, blocks and inline, in order."""
+    for block, inline in CODE.findall(page.read_text(encoding="utf-8")):
+        text = re.sub(r"\\\n", " ", block) or " ".join(inline.split())
+        for line in text.splitlines():
+            code, _, comment = line.partition(" #")
+            for part in re.split(r"&&|[;|]", code):
+                start = re.sub(r"^[\s$>]*(\w+=\S* )*", "", part)
+                if PROGRAM.fullmatch(start.partition(" ")[0]):
+                    yield shlex.split(start), comment
 
 
-def script_of(command):
-    """Returns the arguments that Python is given, None if the command does not start Python."""
-    name = re.split(r"[\\/]", command[0])[-1].removesuffix(".exe")
-    if re.fullmatch(r"python[\d.]*", name):
-        return command[1:]
-    if name == "torchrun":
-        options = torch.distributed.run.get_args_parser().parse_args(command[1:])
+def script_of(words):
+    """Returns a script and its options; nothing where a program runs something else."""
+    program, *given = words
+    if program == "torchrun":
+        options = torch.distributed.run.get_args_parser().parse_args(given)
         return [options.training_script, *options.training_script_args]
-    return None
+    return given if given and not given[0].startswith("-") else []
 
 
-PYTHON = [
-    (page.relative_to(REPOSITORY).as_posix(), command)
-    for page in PAGES
-    for command in commands(page)
-    if re.split(r"[\\/]", command[0])[-1].removesuffix(".exe") in ("python", "python3", "torchrun")
-]
+@pytest.fixture
+def start(monkeypatch):
+    """Runs a script with its options in this process; returns its exit status."""
+
+    def start(script, *options):
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        return status_of(lambda: runpy.run_path(script, run_name="__main__"))
+
+    return start
 
 
-class Parsed(Exception):
-    """The script has come past its parser."""
+@pytest.fixture
+def parse(start, monkeypatch):
+    """Has a program parse its command line and do no more; returns the exit status."""
+    monkeypatch.chdir(REPOSITORY)
+    for name in ("existing_file", "existing_folder"):  # what a user would have
+        monkeypatch.setattr(console, name, console.path)
+    original = console.Parser.parse_args
+
+    def stop(*arguments):
+        original(*arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(console.Parser, "parse_args", stop)
+
+    def parse(words):
+        if words[0] == "tensorboard":
+            from tensorboard.program import TensorBoard  # noqa: PLC0415  # which warns
+
+            return status_of(TensorBoard().configure, words)
+        if not (given := script_of(words)):
+            return 0
+        if "Parser(" not in (REPOSITORY / given[0]).read_text(encoding="utf-8"):
+            return 2 * (len(given) > 1)  # it takes no options, and would start
+        return start(*given)
+
+    return parse
 
 
-def parse(script, arguments, monkeypatch):
-    """Has a script parse its arguments and do nothing else."""
-    name = Path(script).stem
-    if name == "main":
-        if arguments[:1] and arguments[0] in main.COMMANDS:
-            main.parser_of(arguments[0]).parse_args(arguments[1:])
-        else:
-            main.run(arguments)  # no command: runs nothing by itself
-        return
-    original = argparse.ArgumentParser.parse_known_args
-
-    def parse_only(self, args=None, namespace=None):
-        _, unknown = original(self, args, namespace)
-        raise Parsed(unknown)
-
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
-    with pytest.raises(Parsed) as ended:
-        importlib.import_module(name).main()
-    assert ended.value.args == ([],)
-
-
-def check(command, folder, monkeypatch):
-    arguments = script_of(command)
-    if arguments[:1] == ["-c"]:
-        compile(arguments[1], "-c", "exec")
-    if not arguments or arguments[0].startswith("-"):
-        return
-    script, *options = arguments
-    assert (REPOSITORY / script).is_file(), f"there is no {script}"
-    monkeypatch.chdir(folder)
-    for flag, value in pairwise(options):  # what a user would have
-        if flag == "--root":
-            Path(value).mkdir(parents=True, exist_ok=True)
-        elif flag in ("--init", "--vgg", "--generator"):
-            Path(value).parent.mkdir(parents=True, exist_ok=True)
-            Path(value).touch()
-    parse(script, options, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("page", "command"), PYTHON, ids=[f"{page}: {shlex.join(words)}" for page, words in PYTHON]
-)
-def test_command_is_understood(page, command, tmp_path, monkeypatch):
-    check(command, tmp_path, monkeypatch)
-
-
-def test_commands_are_found():
-    shown = {" ".join(command) for _, command in PYTHON}
-    assert any("slice_images_w_overlapping.py" in each for each in shown)
-    assert any("join_slice_images.py" in each for each in shown)
-    assert any("main.py" in each for each in shown)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_commands_are_understood(page, parse):
+    for words, _ in commands(page):
+        assert parse(words) == 0, shlex.join(words)
 
 
 @pytest.mark.parametrize(
@@ -136,39 +102,73 @@ def test_commands_are_found():
         "python main.py dance",
         "python main.py train --no-such-option 1",
         "python slice_images_w_overlapping.py --tiles 0",
-        "python nothing.py",
         "python demo.py --fast",
         "torchrun --nproc-per-node=4 main.py train --steps none",
         "torchrun --no-such-option main.py train",
+        "tensorboard --no-such-option runs",
         ".venv/bin/python bench.py --repeats -1",
     ],
 )
-def test_wrong_commands_would_be_noticed(line, tmp_path, monkeypatch):
-    with pytest.raises((SystemExit, AssertionError)):
-        check(shlex.split(line), tmp_path, monkeypatch)
+def test_wrong_commands_would_be_noticed(line, parse):
+    assert status_of(lambda: sys.exit(parse(shlex.split(line)))) == 2
 
 
-def test_lines_of_the_readme_are_split_into_commands(tmp_path):
+def test_commands_are_found_in_blocks_and_in_lines(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "python not_code.py\n```sh\n$ A=1 python main.py test \\\n  --tiles 3   # why\n"
-        "cd x && .venv\\\\Scripts\\\\python demo.py | tee log\nit's no command\n```\n"
-        "```python\npython = 1\n```\n"
+        "python not_code.py, but `python\nmain.py edges` is, and `main.py` is no command\n"
+        "```sh\n$ A=1 python main.py test \\\n    --fast   # why\n"
+        "cd x && .venv/bin/python demo.py | tee log\nit's no command\n```\n"
     )
     assert list(commands(page)) == [
-        ["python", "main.py", "test", "--tiles", "3"],
-        ["cd", "x"],
-        [r".venv\Scripts\python", "demo.py"],
-        ["tee", "log"],
+        (["python", "main.py", "edges"], ""),
+        (["python", "main.py", "test", "--fast"], " why"),
+        ([".venv/bin/python", "demo.py"], ""),
     ]
-    assert script_of([r".venv\Scripts\python", "demo.py"]) == ["demo.py"]
+
+
+@pytest.fixture
+def copy(ckpts, tmp_path, monkeypatch):
+    """A copy of the repository with tiny networks, and with the images the README speaks of."""
+    for path in chain(REPOSITORY.glob("*.py"), REPOSITORY.glob("tools/*.py")):
+        target = tmp_path / path.relative_to(REPOSITORY)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    shutil.copytree(ckpts, tmp_path / "ckpts")
+    small = photograph(0, 128)
+    for name in ("holiday.jpg", "album/a.png", "album/more/b.png"):
+        save((tmp_path / name).parent, (tmp_path / name).name, shrunk(small))
+    save(tmp_path / "DIR" / TEST / HR, "img_001.png", small)
+    save(tmp_path / "DIR" / TEST / LR, "img_001x4.png", shrunk(small))
+    save(tmp_path / TEST / HR, "image_2400px_0001.png", small)
+    for number in range(4):
+        save(tmp_path / TRAINING / HR, f"image_2400px_000{number}.png", photograph(number))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_commands_of_the_readme_work_one_after_the_other(copy, start, vgg, monkeypatch):
+    def run(given, **_):  # the scripts that demo.py starts
+        return subprocess.CompletedProcess(given, start(*map(str, given[1:])))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for words, comment in commands(README):
+        given = script_of(words)
+        if not given or given[0] in LONG or words[0] == "torchrun":
+            continue
+        if given[1:] and given[1] in INIT and "--help" not in given:
+            given += [*SHORT, f"--vgg={vgg}", f"--init=ckpts/{INIT[given[1]]}_gen.pth"]
+        given = chain(*(sorted(glob.glob(word)) if "*" in word else [word] for word in given))
+        assert start(*given) == 0, shlex.join(words)
+        for promised in re.findall(r"[\w/*]+\.png", comment):
+            assert list(copy.glob(promised)), f"{shlex.join(words)}: {promised}"
 
 
 def test_last_lines_of_main_are_quoted_as_they_are():
-    text = (REPOSITORY / "main.py").read_text()
-    for page in PAGES:
-        for _, block in code_blocks(page):
-            if re.search(r"^\s*# train_edges\(\)$", block, re.MULTILINE):
-                lines = [line.strip() for line in block.strip().splitlines()]
-                own = [line.strip() for line in text.splitlines()]
-                assert lines == own[own.index(lines[0]) :][: len(lines)]
+    def stripped(text):
+        return "\n".join(line.strip() for line in text.splitlines())
+
+    blocks = [block for block, _ in CODE.findall(README.read_text(encoding="utf-8"))]
+    (quoted,) = (stripped(block) for block in blocks if "# train_edges()" in block)
+    assert stripped((REPOSITORY / "main.py").read_text(encoding="utf-8")).endswith(quoted)
