@@ -11,15 +11,15 @@ import models
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiny networks and images."""
-    sizes = {"SIDE": 48, "IMAGES": 1, "CROP": 16, "BATCH": 1}
+    sizes = {"SIDE": 48, "CROP": 16, "BATCH": 1}
     for name, value in (sizes | {"GENERATOR": (8, 4), "EDGE_GENERATOR": (4, 1)}).items():
         monkeypatch.setattr(bench, name, value)
 
 
-@pytest.mark.parametrize("stage", bench.STAGES)
+@pytest.mark.parametrize("name", bench.MEASURES)
 @pytest.mark.parametrize("plain", [True, False])
-def test_every_stage_is_measured(stage, plain):
-    assert bench.STAGES[stage](device.Device(torch.device("cpu")), plain) > 0
+def test_everything_is_measured(name, plain):
+    assert bench.MEASURES[name](device.Device(torch.device("cpu")), plain) > 0
 
 
 def test_the_columns_of_the_table_stay_apart(monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_the_columns_of_the_table_stay_apart(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--repeats", "1", "--device", "cpu"])
     bench.main()
     title, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(bench.STAGES) and len({len(line) for line in [title, *lines]}) == 1
+    assert len(lines) == len(bench.MEASURES) and len({len(line) for line in [title, *lines]}) == 1
     for line in lines:
         assert "1.0x  " in line and " MiB" in line and line.count("1.23e+05 s ") == 2
 
