@@ -7,12 +7,11 @@ import re
 from copy import deepcopy
 from numbers import Real
 
-import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import ChunkStream, PngInfo
+from PIL.PngImagePlugin import PngInfo
 
 STAMP = 0x9213  # ImageHistory, an EXIF tag: every format that is written has EXIF data
-ORIENTATION, X_RESOLUTION, XMP = 0x0112, 0x011A, 700
+ORIENTATION, XMP = 0x0112, 700
 IPTC, PHOTOSHOP_IPTC = 33723, 0x0404
 EXIF_IFD, GPS_IFD, INTEROPERABILITY = 0x8769, 0x8825, 0xA005
 WIDTH, HEIGHT = 0xA002, 0xA003
@@ -21,7 +20,8 @@ WIDTH, HEIGHT = 0xA002, 0xA003
 KEPT_TAGS = {270, 271, 272, 305, 306, 315, 316, 18246, 18249, 33432, EXIF_IFD, GPS_IFD}
 KEPT_TAGS |= set(range(40091, 40096))
 PNG_XMP = "XML:com.adobe.xmp"
-SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x and y of white, red, green, blue
+# Gamma, about; x and y of white, red, green and blue.
+SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
 def exif_of(image: Image.Image) -> Image.Exif:
@@ -54,87 +54,58 @@ def _as_bytes(value: object) -> object:
     return value.encode("latin-1", "replace") if odd else value
 
 
-def result_exif(kept: Image.Exif | None, image: np.ndarray, stamp: str) -> Image.Exif:
-    """Returns the EXIF tags of a result: what is kept, its size and its stamp."""
+def result_exif(kept: Image.Exif | None, size: tuple[int, int], stamp: str) -> Image.Exif:
+    """Returns the EXIF tags of a result: what is kept, its width and height, and its stamp."""
     exif = deepcopy(kept) or Image.Exif()
     if EXIF_IFD in exif:
-        exif[EXIF_IFD] |= {WIDTH: image.shape[1], HEIGHT: image.shape[0]}
+        exif[EXIF_IFD] |= dict(zip((WIDTH, HEIGHT), size, strict=True))
     if stamp:
         exif[STAMP] = stamp
     return exif
 
 
-def icc_of(image: Image.Image) -> bytes | None:
-    """Returns the colour profile, which in Pillow's dictionary a PNG's text can stand for."""
-    icc = image.info.get("icc_profile")
-    return icc if isinstance(icc, bytes) else None
-
-
-def gamma_of(image: Image.Image, notes: list[str]) -> float | None:
-    """Returns the gamma of a PNG without a profile if it is not that of sRGB, such as 1.0."""
-    gamma, primaries = image.info.get("gamma"), image.info.get("chromaticity")
-    if "srgb" in image.info:
-        return None
-    if isinstance(primaries, tuple) and not np.allclose(primaries, SRGB, atol=2e-3):
-        notes.append("its primaries are left out: its colours will look different")
-    if not isinstance(gamma, float) or gamma <= 0 or abs(gamma - 1 / 2.2) < 2e-3:
-        return None
-    notes.append(f"converted from gamma {gamma:g} to sRGB")
-    return gamma
-
-
 def kept_xmp(image: Image.Image) -> bytes | None:
     """Returns the XMP packet, its orientation that of the upright image."""
     xmp = image.info.get("xmp")
-    if not isinstance(xmp, bytes):
+    if not isinstance(xmp, bytes):  # of a damaged TIFF
         return None
     return re.sub(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[2-8]""", rb"\g<1>1", xmp)
 
 
-def text_of(image: Image.Image) -> dict[str, str]:
-    """Returns PNG texts by keyword; the comment of another format is "Comment"."""
-    if image.format == "PNG":
-        texts = {key: each for key, each in image.info.items() if isinstance(each, str)}
-        texts.pop(PNG_XMP, None)
-        return texts
-    comment = image.info.get("comment", b"").rstrip(b"\0")
-    try:
-        text = comment.decode()
-    except UnicodeDecodeError:
-        text = comment.decode("latin-1")
-    return {"Comment": text} if text else {}
+def take_texts(image: Image.Image) -> dict[str, str]:
+    """Returns a PNG's texts by keyword.
+
+    Takes them out of Pillow's dictionary, where a text "gamma" would stand for a gamma.
+    """
+    keys = [key for key, value in image.info.items() if isinstance(value, str)]
+    texts = {key: image.info.pop(key) for key in keys}
+    texts.pop(PNG_XMP, None)
+    return texts if image.format == "PNG" else {}
 
 
-def has_iptc(image: Image.Image) -> bool:
-    """Returns whether there are IPTC data, the captions of the press."""
-    blocks, tags = image.info.get("photoshop", {}), getattr(image, "tag_v2", {})
-    return IPTC in tags or (image.format != "PNG" and PHOTOSHOP_IPTC in blocks)
+def left_out(image: Image.Image) -> list[str]:
+    """Returns notes on what an image has, and results cannot have; to be called after `take_texts`.
+
+    Of a PNG's colours only what differs from sRGB, and what no profile overrules.
+    """
+    notes, info = [], image.info
+    if IPTC in getattr(image, "tag_v2", {}) or PHOTOSHOP_IPTC in info.get("photoshop", {}):
+        notes.append("its IPTC data are left out")
+    if info.get("comment"):
+        notes.append("its comment is left out")
+    colours = info.get("gamma", SRGB[0]), *info.get("chromaticity", SRGB[1:])
+    differ = any(abs(one - other) > 2e-3 for one, other in zip(colours, SRGB, strict=False))
+    if differ and not {"srgb", "icc_profile"} & info.keys():
+        notes.append("its gamma or primaries are left out: its colours will look different")
+    return notes
 
 
 def dpi_of(image: Image.Image) -> tuple[float, float] | None:
-    """Returns the horizontal and the vertical resolution, if they are between 1 and 65535."""
-    if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:
-        return None  # Pillow says 1
+    """Returns the horizontal and the vertical resolution, 1 of which means none, up to 65535."""
     match image.info.get("dpi"):
-        case (Real() as x, Real() as y) if 1 <= x <= 65535 and 1 <= y <= 65535:
+        case (Real() as x, Real() as y) if 1 < x <= 65535 and 1 < y <= 65535:
             return float(x), float(y)
     return None
-
-
-# PNG ------------------------------------------------------------------------------------------
-
-
-def skip_checksums_of_extras() -> None:
-    """Makes Pillow read PNGs whose texts or other extras have wrong checksums, as viewers do."""
-    check = ChunkStream.crc
-
-    def crc(stream: ChunkStream, kind: bytes, data: bytes) -> None:
-        if kind[:1].islower():
-            stream.crc_skip(kind, data)
-        else:
-            check(stream, kind, data)
-
-    ChunkStream.crc = crc
 
 
 def png_info(xmp: bytes | None, texts: dict[str, str]) -> PngInfo:

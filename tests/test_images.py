@@ -77,15 +77,15 @@ def test_every_suffix_is_read(tmp_path, suffix):
     assert np.abs(photo.rgb.astype(int) - PHOTO).mean() < 4
     assert images.read_image(path).flags.writeable and images.image_size(path) == (60, 80)
     assert (images.read_image(path) == photo.rgb).all()
-    if suffix in (".png", ".tif", ".bmp", ".ppm", ".tga", ".pcx"):
+    if suffix in (".png", ".tif", ".bmp", ".ppm"):
         assert (photo.rgb == PHOTO).all()
-    photo.dpi = None  # PCX says one
+    photo.dpi = None  # BMP says one
     assert vars(photo) == vars(Photo(photo.rgb))
 
 
 def test_suffixes_are_read_or_foreign():
     assert not images.SUFFIXES & images.FOREIGN and images.RESULTS.keys() <= images.SUFFIXES
-    assert {".ico", ".heic", ".jp2"} <= images.FOREIGN
+    assert {".ico", ".heic", ".jp2", ".tga"} <= images.FOREIGN
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -197,11 +197,6 @@ def test_alpha_is_kept_beside_the_colours(tmp_path, suffix):
 def test_alpha_that_hides_nothing_is_no_alpha(tmp_path):
     path = save(tmp_path / "a.png", Image.fromarray(PHOTO).convert("RGBA"))
     assert read_photo(path).alpha is None
-
-
-def test_a_tga_in_which_all_is_transparent_has_no_transparency(tmp_path):
-    photo = read_photo(save(tmp_path / "a.tga", np.dstack([PHOTO, np.zeros_like(GRAY)])))
-    assert photo.alpha is None and (photo.rgb == PHOTO).all()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -407,12 +402,12 @@ def test_exif_and_dpi_come_back(tmp_path, camera, source, target):
 def test_what_is_too_long_for_jpeg_is_told(tmp_path):
     exif = Image.Exif()
     exif[0x8769] = {0x9286: bytes(70000)}
-    comment = "x" * 70000
-    photo = Photo(PHOTO, exif=exif, xmp=XMP % 1 + bytes(70000), text={"Comment": comment})
-    notes = write_image(tmp_path / "b.jpg", enlarged(photo), photo, STAMP)
-    assert len(notes) == 3
-    assert all(word in " ".join(notes) for word in ("EXIF", "XMP", "COMMENT"))
-    assert images.read_stamp(tmp_path / "b.jpg") == STAMP
+    for long in ({"exif": exif}, {"xmp": XMP % 1 + bytes(70000)}):
+        photo = Photo(PHOTO, **long)
+        (note,) = write_image(tmp_path / "b.jpg", enlarged(photo), photo, STAMP)
+        assert all(word in note for word in ("EXIF", "XMP"))
+        assert images.read_stamp(tmp_path / "b.jpg") == STAMP
+    photo = Photo(PHOTO, exif=exif)
     assert result_of(tmp_path, photo).getexif().get_ifd(0x8769)[0x9286] == bytes(70000)
 
 
@@ -440,7 +435,7 @@ def test_xmp_is_carried_and_says_upright(tmp_path, suffix):
         assert result.getexif().get(0x0112, 1) == 1
 
 
-def test_texts_come_back_in_png_and_comments_in_jpeg(tmp_path, monkeypatch):
+def test_texts_come_back_in_png(tmp_path, monkeypatch):
     info = PngInfo()
     texts = {"parameters": "a prompt, größer", "Title": "写真", "Comment": "x" * 2_000_000}
     for key, value in texts.items():
@@ -452,10 +447,6 @@ def test_texts_come_back_in_png_and_comments_in_jpeg(tmp_path, monkeypatch):
     for suffix in (".webp", ".tif"):
         (note,) = write_image(tmp_path / f"b{suffix}", enlarged(photo), photo)
         assert "parameters" in note and "Title" in note
-    for comment in ("größer\0".encode(), "größer".encode("latin-1")):
-        photo = read_photo(save(tmp_path / "a.jpg", PHOTO, comment=comment))
-        assert result_of(tmp_path, photo).text == {"Comment": "größer"}
-        assert result_of(tmp_path, photo, ".jpg").info["comment"] == "größer".encode()
     info = PngInfo()  # these keywords are Pillow's own
     texts = dict.fromkeys(("gamma", "chromaticity", "dpi", "exif", "xmp", "icc_profile"), "words")
     for key, value in texts.items():
@@ -463,8 +454,12 @@ def test_texts_come_back_in_png_and_comments_in_jpeg(tmp_path, monkeypatch):
     photo = read_photo(save(tmp_path / "a.png", PHOTO, pnginfo=info))
     photo.notes.clear()
     assert result_of(tmp_path, photo).text == texts
-    photo = read_photo(save(tmp_path / "a.gif", PHOTO, comment="words"))
-    assert photo.text == {"Comment": "words"}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".gif"])
+def test_a_comment_is_not_kept_and_named(tmp_path, suffix):
+    photo = read_photo(save(tmp_path / f"a{suffix}", PHOTO, comment="words"))
+    assert "comment" in photo.notes[0] and photo.text == {}
 
 
 def test_iptc_data_are_not_kept_and_named(tmp_path):
@@ -480,16 +475,15 @@ def test_iptc_data_are_not_kept_and_named(tmp_path):
 # Colours --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gamma", [45455, 100_000])
-def test_gamma_is_applied_and_other_primaries_are_told(tmp_path, gamma):
-    primaries = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, gamma // 10)
-    path = insert(save(tmp_path / "a.png", PHOTO), b"gAMA", struct.pack(">I", gamma), b"IDAT")
-    photo, linear = read_photo(path), gamma == 100_000
-    expected = 255 * (PHOTO / 255) ** (1 / 2.2) if linear else PHOTO
-    assert difference(photo.rgb, np.rint(expected)) == 0
-    assert (images.read_image(path) == photo.rgb).all() and len(photo.notes) == linear
-    photo = read_photo(insert(path, b"cHRM", primaries, b"IDAT"))
-    assert sum("primaries" in note for note in photo.notes) == 1
+def test_other_gammas_and_primaries_are_told(tmp_path):
+    sizes = 31270, 32900, 64000, 33000, 30000, 60000, 15000
+    for gamma, blue in ((45455, 6000), (100_000, 6000), (45455, 9000)):
+        path = insert(save(tmp_path / "a.png", PHOTO), b"gAMA", struct.pack(">I", gamma), b"IDAT")
+        photo = read_photo(insert(path, b"cHRM", struct.pack(">8I", *sizes, blue), b"IDAT"))
+        assert sum("look different" in note for note in photo.notes) == (
+            (gamma, blue) != (45455, 6000)
+        )
+        assert (photo.rgb == PHOTO).all()
     photo = read_photo(insert(path, b"sRGB", b"\0", b"IDAT"))  # which overrules both
     assert (photo.rgb == PHOTO).all() and photo.notes == []
 
@@ -571,27 +565,27 @@ def cut(path, length):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason", "remedy"),
+    ("name", "content", "remedy"),
     [
-        ("a.png", b"", "empty", "replace"),
-        ("notes.txt", b"words", "not an image", ""),
-        ("a.jpg", b"words", "not an image or damaged", "replace"),
-        ("a.tga", b"words", "not an image or damaged", "replace"),
-        ("a.heic", b"words", "format", "convert"),
-        ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "format", "convert"),
-        ("a.eps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an", "replace"),
-        ("a.ppm", b"P6 nonsense", "damaged", "replace"),
+        ("a.png", b"", "replace it or convert"),
+        ("notes.txt", b"words", "replace it or convert"),
+        ("a.heic", b"words", "replace it or convert"),
+        ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "replace it or convert"),
+        (
+            "a.eps.png",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "replace it or convert",
+        ),
+        ("a.ppm", b"P6 nonsense", "replace or remove"),
     ],
 )
-def test_every_remedy_fits_its_cause(tmp_path, name, content, reason, remedy):
+def test_what_is_no_image_is_named_with_a_remedy(tmp_path, name, content, remedy):
     path = tmp_path / name
     path.write_bytes(content)
     for read in (read_photo, images.read_image, images.image_size):
-        with pytest.raises(console.ImageError, match=reason) as raised:
+        with pytest.raises(console.ImageError, match=remedy) as raised:
             read(path)
-        text = str(raised.value)
-        assert text.startswith(f"{path}: ") and "\n" not in text
-        assert [word for word in ("replace", "convert") if word in text] == [remedy][: bool(remedy)]
+        assert str(raised.value).startswith(f"{path}: ") and "\n" not in str(raised.value)
     assert images.read_stamp(path) == ""
 
 
@@ -621,7 +615,6 @@ def test_what_the_file_system_says_is_not_a_bad_image(tmp_path, monkeypatch):
     [
         (MemoryError(), MemoryError),
         (OSError("out of memory error when reading image file"), MemoryError),
-        (OSError(errno.EIO, "Input/output error"), OSError),
         (OSError(errno.EINVAL, "Invalid argument"), console.ImageError),
         (struct.error("unpack"), console.ImageError),
         (KeyError("mode"), console.ImageError),
@@ -634,11 +627,11 @@ def test_only_damage_is_an_image_error(tmp_path, monkeypatch, error, wanted):
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(wanted) as raised:
         read_photo(save(tmp_path / "a.png", PHOTO))
-    assert isinstance(error, MemoryError) or "a.png" in console.one_line(raised.value)
+    assert wanted is MemoryError or "a.png" in console.one_line(raised.value)
 
 
 def test_a_defect_of_ours_is_no_image_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(metadata, "icc_of", lambda *_: None + 1)
+    monkeypatch.setattr(metadata, "dpi_of", lambda *_: None + 1)
     with pytest.raises(TypeError):
         read_photo(save(tmp_path / "a.png", PHOTO))
 
@@ -657,22 +650,15 @@ def test_a_jpeg_cut_off_near_its_end_is_used(tmp_path, progressive):
             read_photo(cut(path, length // 2))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".bmp", ".gif", ".tga", ".ppm"])
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".bmp", ".gif", ".ppm"])
 def test_other_files_that_are_cut_off_are_damaged(tmp_path, suffix):
     path = save(tmp_path / f"a{suffix}", PHOTO)
     with pytest.raises(console.ImageError, match=r"damaged.*replace"):
         read_photo(cut(path, path.stat().st_size * 3 // 4))
 
 
-def test_chunks_with_a_wrong_checksum_are_skipped_unless_they_matter(tmp_path):
+def test_chunks_with_a_wrong_checksum_are_damage(tmp_path):
     path = insert(save(tmp_path / "a.png", PHOTO), b"tEXt", b"Title\0words", b"IDAT", checksum=1)
-    photo = read_photo(path)
-    assert (photo.rgb == PHOTO).all() and photo.text == {"Title": "words"}
-    assert images.image_size(path) == (60, 80)
-    save(path, Image.fromarray(GRAY).convert("P"))
-    png = bytearray(path.read_bytes())
-    png[png.index(b"PLTE") + 4] ^= 1
-    path.write_bytes(png)
     with pytest.raises(console.ImageError, match="damaged"):
         read_photo(path)
 
@@ -725,21 +711,14 @@ def test_jpeg_is_fine_and_in_full_colour(tmp_path, suffix):
     assert np.abs(np.asarray(result).astype(int) - enlarged(photo)).mean() < 2
 
 
-@pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a", "a.txt"])
-def test_other_formats_are_not_written(tmp_path, name):
-    with pytest.raises(console.ImageError, match=r"\.png, \.jpg"):
-        write_image(tmp_path / name, enlarged(Photo(PHOTO)), Photo(PHOTO))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES[:3])
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 def test_images_too_large_for_a_format_are_named_with_another(tmp_path, suffix):
-    _, longest, _ = images.RESULTS[suffix]
+    longest = images.LONGEST[images.RESULTS[suffix][0]]
     path, sr = tmp_path / f"a{suffix}", np.zeros((1, longest, 3), np.uint8)
     write_image(path, sr, Photo(sr[:, ::4]))
     assert images.image_size(path) == (1, longest)
     sr = np.zeros((1, longest + 1, 3), np.uint8)
-    with pytest.raises(console.ImageError, match=rf"a\{suffix}: .* take \.\w+$"):
+    with pytest.raises(console.ImageError, match=rf"a\{suffix}: .* take \.png$"):
         write_image(path, sr, Photo(sr[:, ::4]))
 
 
@@ -748,7 +727,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch, suffix):
     def fail(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(console.StorageError, match=f"{tmp_path}.*space"):
         write_image(tmp_path / f"a{suffix}", enlarged(Photo(PHOTO)), Photo(PHOTO))
 

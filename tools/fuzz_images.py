@@ -77,12 +77,8 @@ def originals() -> list[tuple[str, bytes]]:
         (".tif", deep, {"tiffinfo": {262: 0, 700: xmp, 33723: b"caption"}}),
         (".gif", cat.convert("P"), {"comment": "words", "transparency": 3}),
         *((".bmp", image, {}) for image in (rgb, rgba, grey, cat.convert("1"), cat.convert("P"))),
-        (".dib", rgb, {}),
         *((".ppm", image, {}) for image in (rgb, grey, deep.convert("I"), cat.convert("1"))),
-        *((".tga", image, {}) for image in (rgb, rgba, grey, cat.convert("P"))),
-        (".tga", rgba, {"compression": "tga_rle", "orientation": -1, "id_section": b"words"}),
-        *((".pcx", image, {}) for image in (rgb, grey, cat.convert("1"), cat.convert("P"))),
-        *((".avif", image, {}) for image in (rgb, rgba) if ".avif" in images.SUFFIXES),
+        *((".avif", image, {}) for image in (rgb, rgba)),
     ]
     return [(suffix, encode(image, suffix, options)) for suffix, image, options in files]
 
