@@ -26,6 +26,14 @@ from inference import Enlarger
 from metrics import Metrics
 from tiles import HR, LR, SCALE, TEST
 
+GENERATORS = {  # what is compared: whose weights, and their shares
+    "SRResNet": {"SRResNet": 1},
+    "SRGAN, texture 0.5": {"SRResNet": 0.5, "SRGAN": 0.5},
+    "SRGAN": {"SRGAN": 1},
+    "PreModel": {"PreModel": 1},
+    "SRModel": {"SRModel": 1},
+}
+
 
 def main() -> None:
     """Measures all variants and prints two tables."""
@@ -39,34 +47,34 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output or options.root / "ablation"
     lr_paths, hr_paths = (tiles.find_images(options.root / TEST / size)[0] for size in (LR, HR))
-    names = [name for name in lr_paths if name in hr_paths]
-    if not names:
+    pairs = {name: (lr_paths[name], hr_paths[name]) for name in lr_paths if name in hr_paths}
+    if not pairs:
         raise UserError(f"{options.root / TEST}: no image is in both {LR}/ and {HR}/; slice first")
-    for name in names:
-        pipeline.check_downscaled(lr_paths[name], hr_paths[name])
-        pipeline.check_size(hr_paths[name], lr_paths[name])
+    for lr_path, hr_path in pairs.values():
+        pipeline.check_downscaled(lr_path, hr_path)
+        pipeline.check_size(hr_path, lr_path)
 
-    by_variant: dict[str, list[Metrics]] = defaultdict(list)
-    by_edges: dict[str, list[Metrics]] = defaultdict(list)
+    tables: dict[str, dict[str, list[Metrics]]] = {
+        "images.csv": defaultdict(list),
+        "edges.csv": defaultdict(list),
+    }
     device = open_device()
     enlargers = load_enlargers(options.ckpts, device)
-    for name in console.progress(names, desc="Measuring", unit="image"):
-        lr, hr = images.read_image(lr_paths[name]), images.read_image(hr_paths[name])
+    for name, paths in console.progress(pairs.items(), desc="Measuring", unit="image"):
+        lr, hr = map(images.read_image, paths)
         hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
         if options.jpeg:
             lr = dataset.through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
         true = images.canny(hr)
         made, found = make_variants(lr, true, enlargers)
         for variant, sr in made.items():
-            row = metrics.compare(sr, hr, device) | metrics.color_shift(sr, hr)
-            by_variant[variant].append(row)
-            (output / variant).mkdir(parents=True, exist_ok=True)
+            tables["images.csv"][variant].append(metrics.compare(sr, hr, device))
             images.write_png(output / variant / f"{name}.png", sr)
         for source, edges in found.items():
             for tolerance in (0, 1):
                 row = metrics.compare_edges(edges, true, device, tolerance)
-                by_edges[f"{source}, within {tolerance} px"].append(row)
-    for file, table in {"images.csv": by_variant, "edges.csv": by_edges}.items():
+                tables["edges.csv"][f"{source}, within {tolerance} px"].append(row)
+    for file, table in tables.items():
         rows = [(title, metrics.mean_of(each)) for title, each in table.items()]
         metrics.print_table(rows)
         metrics.write_csv(output / file, rows)
@@ -75,21 +83,12 @@ def main() -> None:
 
 def load_enlargers(ckpts: Path, device: Device) -> dict[str, Enlarger]:
     """Returns the networks to compare by name; the SRGAN only if its weights are there."""
-    srresnet, srgan, pre, full = (
-        ckpts / f"{name}_gen.pth" for name in ("SRResNet", "SRGAN", "PreModel", "SRModel")
-    )
-    shares = {
-        "SRResNet": {srresnet: 1},
-        "SRGAN, texture 0.5": {srresnet: 0.5, srgan: 0.5},
-        "SRGAN": {srgan: 1},
-        "PreModel": {pre: 1},
-        "SRModel": {full: 1},
-    }
-    return {
-        title: Enlarger.load(each, ckpts / "EdgeModel_gen.pth", device)
-        for title, each in shares.items()
-        if srgan not in each or srgan.exists()
-    }
+    enlargers = {}
+    for title, shares in GENERATORS.items():
+        paths = {ckpts / f"{stage}_gen.pth": share for stage, share in shares.items()}
+        if "SRGAN" not in shares or (ckpts / "SRGAN_gen.pth").exists():
+            enlargers[title] = Enlarger.load(paths, ckpts / "EdgeModel_gen.pth", device)
+    return enlargers
 
 
 def make_variants(

@@ -30,22 +30,28 @@ PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
 }
 
 
+COMMANDS = (
+    "slice_images_w_overlapping.py",
+    "main.py test",
+    "join_slice_images.py",
+    "main.py edges",
+    "main.py evaluate",
+)
+
+
 def main() -> None:
     """Runs the scripts one after the other, then draws the sheet."""
     console.Parser(__doc__).parse_args()
-    ground_truth = DEMO / TEST / HR
-    ground_truth.mkdir(parents=True, exist_ok=True)
     for name, (load, _) in PHOTOGRAPHS.items():
-        if not (ground_truth / f"{name}.png").exists():
-            images.write_png(ground_truth / f"{name}.png", load())
-    run_script("slice_images_w_overlapping.py")
-    run_script("main.py", "test")
-    run_script("join_slice_images.py")
-    run_script("main.py", "edges")
-    run_script("main.py", "evaluate")
+        images.write_png(DEMO / TEST / HR / f"{name}.png", load())
+    for command in COMMANDS:
+        run_script(*command.split())
+    metrics = DEMO / TEST / LR / OUTPUT / JOINED / "metrics.csv"
+    with metrics.open(newline="", encoding="utf-8") as file:
+        table = {row["image"]: row for row in csv.DictReader(file)}
+    rows = [row_of(table[name]) for name in PHOTOGRAPHS]
     sheet = DEMO / "comparison.png"
-    centers = [center for _, center in PHOTOGRAPHS.values()]
-    images.write_png(sheet, draw_sheet(rows(), centers))
+    images.write_png(sheet, draw_sheet(rows, [center for _, center in PHOTOGRAPHS.values()]))
     console.info(f"Look at {sheet}")
 
 
@@ -57,31 +63,18 @@ def run_script(script: str, *command: str) -> None:
         sys.exit(status)
 
 
-def rows() -> list[list[Cell]]:
-    """Returns each photograph's row of the sheet, with the metrics of the whole photograph."""
-    folder = DEMO / TEST / LR
-    with (folder / OUTPUT / JOINED / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        table = {row["image"]: row for row in csv.DictReader(file)}
-    found = []
-    for name in PHOTOGRAPHS:
-        lr, edges, sr, hr = map(
-            images.read_image,
-            (
-                folder / f"{name}.png",
-                folder / OUTPUT / "edges" / f"{name}.png",
-                folder / OUTPUT / JOINED / f"candidate_{name}.png",
-                DEMO / TEST / HR / f"{name}.png",
-            ),
-        )
-        found.append(
-            [
-                (caption("bicubic", table[name], " bicubic"), images.bicubic(lr, SCALE)),
-                ("predicted edges", draw_edges(edges[..., 0])),
-                (caption("generated", table[name]), sr),
-                ("ground truth", hr),
-            ]
-        )
-    return found
+def row_of(metrics: dict[str, str]) -> list[Cell]:
+    """Returns a photograph's row of the sheet, with the metrics of the whole photograph."""
+    folder, file = DEMO / TEST / LR, f"{metrics['image']}.png"
+    lr, hr = images.read_image(folder / file), images.read_image(DEMO / TEST / HR / file)
+    edges = images.read_image(folder / OUTPUT / "edges" / file)[..., 0]
+    sr = images.read_image(folder / OUTPUT / JOINED / f"candidate_{file}")
+    return [
+        (caption("bicubic", metrics, " bicubic"), images.bicubic(lr, SCALE)),
+        ("predicted edges", draw_edges(edges)),
+        (caption("generated", metrics), sr),
+        ("ground truth", hr),
+    ]
 
 
 def caption(title: str, row: dict[str, str], suffix: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+import skimage
 from PIL import Image, ImageDraw, ImageFont
 
 import images
@@ -56,12 +57,10 @@ def find_details(image: np.ndarray, side: int, most: int = 3) -> list[tuple[floa
     """Returns the centers of the squares with most structure, as fractions of height and width."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     structure = cv2.boxFilter(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), -1, (side, side))
-    centers = []
-    while len(centers) < most and structure.max() > 0:
-        row, col = np.unravel_index(structure.argmax(), structure.shape)
-        centers.append((float(row / len(gray)), float(col / gray.shape[1])))
-        structure[max(0, row - side) : row + side, max(0, col - side) : col + side] = 0
-    return centers
+    found = skimage.feature.peak_local_max(
+        structure, min_distance=side, num_peaks=most, exclude_border=False
+    )
+    return [(float(row / len(gray)), float(col / gray.shape[1])) for row, col in found]
 
 
 def crop_detail(image: np.ndarray, center: tuple[float, float]) -> np.ndarray:
