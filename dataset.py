@@ -79,8 +79,7 @@ def in_threads(work: Callable[..., T], jobs: Sequence[tuple], title: str) -> lis
 
 def check_tile(image: Path, tile: Path) -> None:
     """Raises ImageError if a tile's stamp says that it was cut from another image."""
-    stamp = Stamp.read(tile)
-    if stamp and stamp.source != files.digest(image):
+    if Stamp.read(tile).source not in ("", files.digest(image)):
         raise ImageError(f"{tile}: not cut from {image.name} as it is now; {tiles.SLICE_AGAIN}")
 
 

@@ -25,7 +25,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     Makes the folder if need be.
 
     Args:
-        durable: flush the file to disk before it is renamed, so that it outlives a power cut.
+        durable: flush the file to disk before it is renamed, so that a power cut leaves it whole.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written to.
@@ -36,22 +36,12 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if durable:
-                _flush(temporary)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
         _rename(temporary, path)
-        if durable:
-            with suppress(OSError):  # Windows, and many network file systems, cannot
-                _flush(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _rename(temporary: Path, path: Path) -> None:

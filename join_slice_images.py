@@ -55,19 +55,17 @@ def join_image(job: pipeline.Job, moved: Path, fresh: dict[tiles.Position, Path]
     """
     found, lr = tiles.find_tiles(moved).get(job.name, {}) | fresh, job.source
     grid = tiles.Grid.of_tiles(lr, found, TEST_AGAIN, tiles.SCALE)
-    stamps = [Stamp.read(path) for path in found.values()]
-    known = set(stamps) - {None}
+    stamps = {Stamp.read(path) for path in found.values()}
+    known = stamps - {Stamp()}
     if len(known) > 1 or any(stamp.source != files.digest(lr) for stamp in known):
         raise ImageError(f"{lr}: tiles of several runs, or of an older {lr.name}; {TEST_AGAIN}")
-    sr = {at: images.read_image(path) for at, path in found.items()}
-    stamp = str(known.pop()) if known and None not in stamps else ""
-    notes = images.write_image(
-        job.target, tiles.join(sr, grid, tiles.SCALE), images.read_photo(lr), stamp
-    )
+    sr = tiles.join({at: images.read_image(path) for at, path in found.items()}, grid, tiles.SCALE)
+    stamp = str(known.pop()) if known == stamps else ""
+    notes = images.write_image(job.target, sr, images.read_photo(lr), stamp)
     moved.mkdir(exist_ok=True)
     for path in fresh.values():
         path.replace(moved / path.name)
-    return notes + ["has tiles of another program, joined as they are"] * (None in stamps)
+    return notes + ["has tiles of another program, joined as they are"] * (Stamp() in stamps)
 
 
 if __name__ == "__main__":

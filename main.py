@@ -23,7 +23,7 @@ import pipeline
 import sheets
 import tiles
 from console import ImageError, UserError
-from pipeline import UP_TO_DATE, Finish, Job, OnProgress, Stamp
+from pipeline import Finish, Job, OnProgress, Stamp
 from tiles import HR, OUTPUT, SCALE, TEST, TILES
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def test_image(
     moved = tiles.find_tiles(job.target / job.name).get(job.name, {})  # by the joining
     old = moved | fresh
     if old.keys() == set(grid) and all(Stamp.read(path) == stamp for path in old.values()):
-        return UP_TO_DATE
+        return None
     lr = images.read_image(job.source)
     sr = enlarger(lr, read_edges(edges_path, lr), on_progress)
 
@@ -210,7 +210,7 @@ def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Fi
     """Predicts one image's edges, unless there are some; what is left to do is to write them."""
     if job.target.exists():
         digest_edges(job.target, job.source)
-        return UP_TO_DATE
+        return None
     found = enlarger.predict_edges(images.read_image(job.source), on_progress)
     stamp = str(Stamp(files.digest(job.source), weights=enlarger.weights))
     return partial(images.write_png, job.target, np.stack([found] * 3, axis=2), stamp)
@@ -276,7 +276,7 @@ def upscale_image(
         if not options.overwrite and Stamp.read(target) != stamp:
             raise ImageError(f"{target}: exists, made otherwise; give --overwrite to replace it")
     if existing == targets and not options.overwrite:
-        return UP_TO_DATE
+        return None
     photo = images.read_photo(job.source)
     hr_edges = read_edges(options.edges, photo.rgb)
     files.check_writable(job.target.parent)

@@ -1,6 +1,5 @@
 """The one loop over images that every command shares, and what each result was made from."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from device import Device
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-UP_TO_DATE = None  # what `work` returns where there is nothing to make
 
 OnProgress = Callable[[float], object]
 Finish = Callable[[], list[str] | None]
@@ -53,7 +51,7 @@ def for_each(
     Args:
         work: makes a result and returns what is left to do, such as writing it: a function that
             a thread calls while the next image is worked on, and that returns notes to print.
-            `UP_TO_DATE` if the result is there already. Its second argument is to be called with
+            None if the result is there already. Its second argument is to be called with
             the fraction of the work that was done.
         done: the verb of the report, such as "Upscaled".
         where: what to look at.
@@ -134,13 +132,13 @@ class Stamp:
     """What a file was made from, by content: written into the file, in whatever format.
 
     Attributes:
-        source: digest of the image file.
+        source: digest of the image file; "" if nothing is known.
         grid: how it was cut into tiles.
         weights: digest of the weight files, and the precision.
         edges: digest of the file of edges that were given instead of predicted ones.
     """
 
-    source: str
+    source: str = ""
     grid: str = ""
     weights: str = ""
     edges: str = ""
@@ -149,31 +147,29 @@ class Stamp:
         return " ".join(f"{key}={value}" for key, value in asdict(self).items() if value)
 
     @classmethod
-    def read(cls, path: Path) -> "Stamp | None":
-        """Returns the stamp in a file; None without one, or without a readable file."""
+    def read(cls, path: Path) -> "Stamp":
+        """Returns the stamp in a file; an empty one without any, or without a readable file."""
         parts = [part.partition("=") for part in images.read_stamp(path).split()]
         try:
             return cls(**{key: value for key, _, value in parts})
-        except TypeError:  # none, or of another version
-            return None
+        except TypeError:  # of another version
+            return cls()
 
     @property
     def is_downscaled(self) -> bool:
         """Whether the file is an LR image that slicing made from HR."""
-        return not (self.grid or self.weights)
+        return bool(self.source) and not (self.grid or self.weights)
 
 
 def check_source(path: Path, source: Path, remedy: str) -> None:
     """Raises ImageError if a file's stamp names another content of `source`."""
-    stamp = Stamp.read(path)
-    if stamp and stamp.source != files.digest(source):
+    if Stamp.read(path).source not in ("", files.digest(source)):
         raise ImageError(f"{path}: made from an older {source.name}; {remedy}")
 
 
 def check_downscaled(lr: Path, hr: Path | None) -> None:
     """Raises ImageError if slicing made an LR image from an HR image that is another now."""
-    stamp = Stamp.read(lr)
-    if hr and stamp and stamp.is_downscaled:
+    if hr and Stamp.read(lr).is_downscaled:
         check_source(lr, hr, tiles.SLICE_AGAIN)
 
 
@@ -240,12 +236,13 @@ def upscale_jobs(
     for path in given:
         found, base = sorted(map(Path, glob(str(path)))), None
         if path.is_dir():
-            found, base = walk(path, recursive), path
+            found, base = tiles.walk(path, recursive), path
         elif path.exists() or not found:
             sources.append((path, path.parent))
             continue
         found, foreign = tiles.select_images(found)
-        sources += [(image, base or image.parent) for image in found if not is_result(image)]
+        found = [image for image in found if not Stamp.read(image).weights]  # no results of ours
+        sources += [(image, base or image.parent) for image in found]
         problems += foreign
     if not sources and not problems:
         where = ", ".join(map(str, given))
@@ -264,16 +261,3 @@ def upscale_jobs(
         if (first := jobs.setdefault(job.target, job)).source != path:
             problems.append(f"{path}: its result would replace that of {first.source}; rename it")
     return list(jobs.values()), problems
-
-
-def walk(folder: Path, recursive: bool) -> Iterator[Path]:
-    """Yields a folder's files, and its sub-folders' if asked for; hidden ones are left out."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
-
-
-def is_result(path: Path) -> bool:
-    """Returns whether this program made an image from another one."""
-    stamp = Stamp.read(path)
-    return bool(stamp and stamp.weights)

@@ -117,10 +117,8 @@ def make_lr(lr: Path, hr: Path) -> None:
 
     HR rows and columns beyond a multiple of `SCALE` are left out, as the papers do.
     """
-    if os.path.lexists(lr):
-        stamp = Stamp.read(lr)
-        if not (stamp and stamp.is_downscaled):
-            return
+    if os.path.lexists(lr) and not Stamp.read(lr).is_downscaled:
+        return
     if min(images.image_size(hr)) < SCALE:
         raise ImageError(f"{hr}: smaller than {SCALE}x{SCALE} pixels; remove it")
     image = images.bicubic(images.read_image(hr), 1 / SCALE)

@@ -5,13 +5,13 @@ belong to what. It needs no torch. Images are `(H, W, 3)` uint8, RGB; LR is the 
 enlarge, HR the one `SCALE` times its size.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 import images
@@ -134,11 +134,9 @@ class Grid:
         height, _ = images.image_size(found[first])
         pad = height // scale - shape_of(cls(*size, count).cell(*first))[0]
         grid = cls(*size, count, max(pad, 0))
-        if missing := set(grid) - found.keys():
-            raise ImageError(f"{lr}: tile {min(missing)} of {count}x{count} is missing; {remedy}")
-        for at, path in found.items():
-            if images.image_size(path) != grid.tile_shape(*at, scale):
-                raise ImageError(f"{path}: is not of the size of tile {at}; {remedy}")
+        shapes = {at: images.image_size(path) for at, path in found.items()}
+        if shapes != {at: grid.tile_shape(*at, scale) for at in grid}:
+            raise ImageError(f"{lr}: some of its tiles are missing or of another size; {remedy}")
         return grid
 
     def __str__(self) -> str:
@@ -171,16 +169,16 @@ def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) 
         image: `(scale * grid.height, scale * grid.width, 3)`.
 
     Returns:
-        Of shape `grid.tile_shape(row, col, scale)`, a view if it lies within the image.
+        Of shape `grid.tile_shape(row, col, scale)`.
     """
     margin = grid.pad // 2 * scale
     cell = grid.cell(row, col, scale)
     inside = grow(cell, margin, image.shape)
-    beyond = []
-    for wanted, there in zip(cell, inside, strict=True):
-        beyond += [margin - wanted.start + there.start, margin + wanted.stop - there.stop]
-    tile = image[inside]
-    return cv2.copyMakeBorder(tile, *beyond, cv2.BORDER_REFLECT) if any(beyond) else tile
+    beyond = [
+        (margin - wanted.start + there.start, margin + wanted.stop - there.stop)
+        for wanted, there in zip(cell, inside, strict=True)
+    ]
+    return np.pad(image[inside], (*beyond, (0, 0)), mode="symmetric")
 
 
 def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.ndarray:
@@ -188,28 +186,23 @@ def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.nd
 
     The inverse of `cut_tile`, to the bit.
     """
-    overlap = grid.pad * scale
-    numbers = range(1, grid.tiles + 1)
-    strips = [_crossfade([tiles[row, col] for col in numbers], overlap, axis=1) for row in numbers]
-    padded = _crossfade(strips, overlap, axis=0)
+    overlap, numbers = grid.pad * scale, range(1, grid.tiles + 1)
+    columns = (_crossfade([tiles[row, col] for row in numbers], overlap) for col in numbers)
+    padded = _crossfade([column.swapaxes(0, 1) for column in columns], overlap).swapaxes(0, 1)
     margin = overlap // 2
     return padded[margin : padded.shape[0] - margin, margin : padded.shape[1] - margin]
 
 
-def _crossfade(parts: list[np.ndarray], overlap: int, axis: int) -> np.ndarray:
-    """Concatenates parts of which each shares its first `overlap` pixels with the one before."""
-    if not overlap or len(parts) == 1:
-        return np.concatenate(parts, axis)
-    weight = ((np.arange(overlap) + 0.5) / overlap).astype(np.float32)
-    weight = weight[:, None, None] if axis == 0 else weight[:, None]
-    done, last = [], parts[0]
+def _crossfade(parts: list[np.ndarray], overlap: int) -> np.ndarray:
+    """Joins parts below each other, of which each shares its first `overlap` rows with the last."""
+    weight = ((np.arange(overlap) + 0.5) / overlap).astype(np.float32)[:, None, None]
+    joined = parts[0]
     for part in parts[1:]:
-        settled, tail = np.split(last, [last.shape[axis] - overlap], axis)
-        head, rest = np.split(part, [overlap], axis)
+        settled, tail = np.split(joined, [len(joined) - overlap])
+        head, rest = np.split(part, [overlap])
         faded = np.rint(tail + (head.astype(np.float32) - tail) * weight).astype(part.dtype)
-        done.append(settled)
-        last = np.concatenate([faded, rest], axis)
-    return np.concatenate([*done, last], axis)
+        joined = np.concatenate([settled, faded, rest])
+    return joined
 
 
 # Names and folders ----------------------------------------------------------------------------
@@ -238,13 +231,19 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    listed, problems = select_images(path for path in paths if not path.name.startswith("."))
+    listed, problems = select_images(walk(folder))
     found: dict[str, Path] = {}
     for path in listed:
         if (twin := found.setdefault(image_id(path), path)) != path:
             problems.append(f"{path}: has the same id as {twin.name}; rename one of them")
     return found, problems
+
+
+def walk(folder: Path, recursive: bool = False) -> Iterator[Path]:
+    """Yields a folder's files, and its sub-folders' if asked for; hidden ones are left out."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
+        yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
 def select_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:

@@ -59,20 +59,6 @@ def test_a_file_that_stays_locked_is_named_and_is_no_fault_of_the_folder(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_cannot_be_flushed_do_not_matter(tmp_path, monkeypatch):
-    flushed, fsync = [], os.fsync
-
-    def refused(handle):
-        flushed.append(Path(f"/proc/self/fd/{handle}").is_dir())
-        if flushed[-1]:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", refused)
-    write(tmp_path / "a.pth", durable=True)
-    assert flushed[0] is False and (tmp_path / "a.pth").read_bytes() == b"new"
-
-
 FATAL = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM]
 
 

@@ -11,7 +11,7 @@ import files
 import images
 import pipeline
 from console import ImageError, StorageError, UserError, plain_errors
-from pipeline import UP_TO_DATE, Job, Stamp, for_each, upscale_jobs
+from pipeline import Job, Stamp, for_each, upscale_jobs
 
 # The loop -------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def test_results_are_finished_in_threads_and_counted(jobs, capsys):
     def work(job, on_progress):
         on_progress(0.5)
         begun.append(job)
-        return UP_TO_DATE if job.name in "12" else partial(finish, job)
+        return None if job.name in "12" else partial(finish, job)
 
     def finish(job):
         finished.append((job, threading.get_ident() != main_thread))
@@ -107,15 +107,15 @@ def test_a_stamp_comes_back_from_every_format(tmp_path, suffix):
     images.write_image(path, pixels, images.Photo(photograph(0, 10)), str(stamp))
     assert Stamp.read(path) == stamp
     images.write_image(path, pixels, images.Photo(photograph(0, 10)))
-    assert Stamp.read(path) is None
+    assert Stamp.read(path) == Stamp()
 
 
 @pytest.mark.parametrize("text", ["image.png 1234 5678 | w1", "source=1 more=2", "a=b"])
-def test_a_stamp_of_another_version_is_none(tmp_path, text):
+def test_a_stamp_of_another_version_is_empty(tmp_path, text):
     images.write_png(tmp_path / "a.png", photograph(0, 10), text)
-    assert Stamp.read(tmp_path / "a.png") is None
+    assert Stamp.read(tmp_path / "a.png") == Stamp()
     (tmp_path / "a.png").write_bytes(b"no image")
-    assert Stamp.read(tmp_path / "a.png") is None
+    assert Stamp.read(tmp_path / "a.png") == Stamp()
 
 
 # What to upscale ------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_tiles_tell_their_grid(tmp_path, options, shape, scale):
             Grid.of_tiles(lr, wrong, "again", scale)
     if scale > 1 or options[0] > 1:
         save(tmp_path, last.name, np.zeros((3, 3, 3), np.uint8))
-        with pytest.raises(ImageError, match=rf"{last.name}: .*; again"):
+        with pytest.raises(ImageError, match=r"a\.png: .*; again"):
             Grid.of_tiles(lr, found | {(options[0],) * 2: last}, "again", scale)
 
 

@@ -793,7 +793,7 @@ def broken(monkeypatch, where, name, after, error):
 IO = OSError(errno.EIO, os.strerror(errno.EIO))
 FAULTS = {  # what fails, at which call, how: between the second step and the fourth
     "renaming": (files, "_rename", 2, IO),
-    "flushing": (files, "_flush", 6, IO),
+    "flushing": (os, "fsync", 3, IO),
     "writing": (torch, "save", 2, IO),
     "loading": (PairedTiles, "crop", 5, IO),
     "memory": (SRResNetModel, "losses", 2, torch.OutOfMemoryError("CUDA out of memory.")),
