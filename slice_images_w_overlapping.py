@@ -98,17 +98,16 @@ def slice_pair(pair: Pair, count: int, pad: int) -> list[str]:
     jobs, root = [(pair.source, pair.target, 1)], pair.source.parent.parent
     if pair.hr and root.name == TRAINING:
         jobs.append((pair.hr, root / HR / TILES, SCALE))
-    written, notes = set(), []
+    for path in pair.old:
+        path.unlink(missing_ok=True)
+    notes = []
     for path, folder, scale in jobs:
         photo, stamp = images.read_photo(path), str(Stamp(files.digest(path), str(grid)))
         image = photo.rgb[: scale * grid.height, : scale * grid.width]
         for at in grid:
             tile = folder / tiles.tile_name(pair.name, *at)
             images.write_png(tile, tiles.cut_tile(image, grid, *at, scale), stamp)
-            written.add(tile)
         notes += photo.notes
-    for path in set(pair.old) - written:  # of another grid
-        path.unlink(missing_ok=True)
     return notes
 
 
