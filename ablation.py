@@ -16,6 +16,7 @@ import numpy as np
 
 import console
 import dataset
+import files
 import images
 import metrics
 import pipeline
@@ -68,7 +69,8 @@ def main() -> None:
         true = images.canny(hr)
         made, found = make_variants(lr, true, enlargers)
         for variant, sr in made.items():
-            tables["images.csv"][variant].append(metrics.compare(sr, hr, device))
+            row = metrics.compare(sr, hr, device) | metrics.color_shift(sr, hr)
+            tables["images.csv"][variant].append(row)
             images.write_png(output / variant / f"{name}.png", sr)
         for source, edges in found.items():
             for tolerance in (0, 1):
@@ -85,9 +87,10 @@ def load_enlargers(ckpts: Path, device: Device) -> dict[str, Enlarger]:
     """Returns the networks to compare by name; the SRGAN only if its weights are there."""
     enlargers = {}
     for title, shares in GENERATORS.items():
-        paths = {ckpts / f"{stage}_gen.pth": share for stage, share in shares.items()}
-        if "SRGAN" not in shares or (ckpts / "SRGAN_gen.pth").exists():
-            enlargers[title] = Enlarger.load(paths, ckpts / "EdgeModel_gen.pth", device)
+        paths = {files.weight_path(ckpts, stage): share for stage, share in shares.items()}
+        if "SRGAN" not in shares or files.weight_path(ckpts, "SRGAN").exists():
+            edge_generator = files.weight_path(ckpts, "EdgeModel")
+            enlargers[title] = Enlarger.load(paths, edge_generator, device)
     return enlargers
 
 

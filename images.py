@@ -4,6 +4,7 @@ An image is an `(H, W, 3)` uint8 array, RGB, upright. Slicing, training and `ups
 the same pixels of a file; what these cannot carry stays in a `Photo` until the result is written.
 """
 
+import errno
 import io
 import math
 import warnings
@@ -13,9 +14,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
-import scipy  # as does skimage, it loads its parts when they are used
-import skimage
+import skimage  # loads its parts when they are used
 from PIL import Image, ImageCms, PngImagePlugin
 
 import console
@@ -37,6 +38,8 @@ FOREIGN = {".cur", ".dds", ".dib", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j
 FOREIGN |= {".jxl", ".pcx", ".pfm", ".psd", ".qoi", ".svg", ".tga", ".xcf"}
 FOREIGN |= {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}  # raw
 
+FASTEST = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+FASTEST += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 JPEG_SEGMENT = 65500  # bytes
 END_OF_JPEG, MOST_MISSING = b"\xff\xd9", 0.05  # of the rows of a JPEG file that was cut off
 PNG = ("PNG", {"compress_level": 1, "compress_type": zlib.Z_RLE})
@@ -160,7 +163,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def _pillow(path: Path) -> Iterator[None]:
     """Raises ImageError for what Pillow raises over a bad file, which may be any exception.
 
-    Full memory stays what it is. Only for calls of Pillow.
+    Full memory, and errors of the file system, stay what they are. Only for calls of Pillow.
     """
     try:
         yield
@@ -172,6 +175,9 @@ def _pillow(path: Path) -> Iterator[None]:
             " replace it or convert it to PNG"
         ) from error
     except Exception as error:
+        # EINVAL and EOVERFLOW come from seeking to where a damaged file points.
+        if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.EOVERFLOW):
+            raise
         if "out of memory" in str(error):  # of a decoder
             raise MemoryError from error
         raise console.ImageError(
@@ -259,26 +265,30 @@ def _fill_hidden(rgb: np.ndarray, alpha: np.ndarray) -> None:
     """Gives pixels of alpha 0 the colour of the nearest visible one, so that none bleeds in."""
     hidden = alpha == 0
     if hidden.any() and not hidden.all():
-        rows, cols = scipy.ndimage.distance_transform_edt(
-            hidden, return_distances=False, return_indices=True
+        _, nearest = cv2.distanceTransformWithLabels(
+            hidden.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
         )
-        rgb[:] = rgb[rows, cols]
+        colours = np.zeros((nearest.max() + 1, 3), np.uint8)
+        colours[nearest[~hidden]] = rgb[~hidden]
+        rgb[hidden] = colours[nearest[hidden]]
 
 
 # Writing --------------------------------------------------------------------------------------
 
 
 def write_png(path: Path, image: np.ndarray, stamp: str = "") -> None:
-    """Writes an image as PNG.
+    """Writes an image as PNG, by OpenCV, which is twice as fast as Pillow.
 
     Args:
         image: `(H, W, 3)` uint8, RGB.
         stamp: what the image was made from, in ASCII, for `read_stamp`.
     """
-    (file_format, options), pixels = PNG, Image.fromarray(image)
-    exif = metadata.result_exif(None, pixels.size, stamp)
+    exif = metadata.result_exif(None, image.shape[1::-1], stamp).tobytes()
+    exif = np.frombuffer(exif.removeprefix(b"Exif\0\0"), np.uint8)
+    bgr, kinds = cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMAGE_METADATA_EXIF]
+    _, png = cv2.imencodeWithMetadata(".png", bgr, kinds, [exif], FASTEST)
     with files.replacing(path) as temporary:
-        pixels.save(temporary, file_format, **options, exif=exif)
+        temporary.write_bytes(png)
 
 
 def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> list[str]:

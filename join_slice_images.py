@@ -7,7 +7,6 @@ The tiles in TestSet/600px/output move into `output/{id}/`, the joined image is
 tiles cannot hold (transparency, colour profile, EXIF data) comes from the LR image.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = console.Parser(__doc__)
     add = parser.add_argument
     add("--root", type=console.existing_folder, default=console.ROOT, help="folder of TestSet/")
-    add("--threads", type=console.count, default=os.cpu_count(), help="images at the same time")
+    threads = console.processor_share()
+    add("--threads", type=console.count, default=threads, help="images at the same time")
     options = parser.parse_args(argv)
 
     with console.plain_errors():

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--root", type=folder, default=console.ROOT, help="folder of TrainingSet/ and TestSet/")
     add("--tiles", type=console.count, default=6, help="tiles per row and per column")
     add("--pad", type=even, default=8, help="LR pixels shared by neighbours")
-    add("--threads", type=console.count, default=os.cpu_count(), help="images at the same time")
+    threads = console.processor_share()
+    add("--threads", type=console.count, default=threads, help="images at the same time")
     options = parser.parse_args(argv)
 
     with console.plain_errors():

@@ -231,7 +231,8 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    listed, problems = select_images(walk(folder))
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    listed, problems = select_images(path for path in paths if not path.name.startswith("."))
     found: dict[str, Path] = {}
     for path in listed:
         if (twin := found.setdefault(image_id(path), path)) != path:

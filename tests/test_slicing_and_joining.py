@@ -204,14 +204,14 @@ def test_what_cannot_be_used_is_named_and_the_others_cut(pair, capsys):
     deep = photograph(0, 60)[..., 0].astype(np.uint16) * 257
     Image.fromarray(deep).save(test / "deep.png")
     printed = failing(capsys, slice_all, pair)
-    expected = ["alone.png", f"{HR}/odd.png", "dot.png", "speck.png", "broken.jpg"]
+    expected = ["alone.png", f"{HR}/odd.png", "dot.png", "speck.png", "broken.jpg", "folder.png"]
     expected += ["empty.png", f"{TEST}/{LR}/link.png", f"{HR}/link.png", "linked.png", "nnn"]
     assert len(skipped(printed)) == len(expected)
     assert all(any(name in line for line in skipped(printed)) for name in expected)
     assert "deep.png: reduced to 8 bits" in printed  # noted, not skipped
     assert len(content(pair / TRAINING / LR / TILES)) == len(content(test / TILES)) == 36
     assert (training / LR / "linked.png").is_symlink()
-    assert "Sliced 2 images, 10 skipped" in printed.splitlines()[-1]
+    assert "Sliced 2 images, 11 skipped" in printed.splitlines()[-1]
 
 
 def test_two_processes_do_not_disturb_each_other(pair):

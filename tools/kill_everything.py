@@ -26,10 +26,11 @@ import torchvision
 from conftest import photograph, save, shrunk
 
 import console
+import files
 import stages
 import weights
 from console import ROOT
-from main import STAGES
+from main import TRAINS
 from models import EdgeGenerator, Generator, SRResNet
 from tiles import HR, LR, OUTPUT, TEST, TILES, TRAINING
 
@@ -216,13 +217,13 @@ def training_target(root: Path, name: str) -> Target:
 
     def result() -> dict[str, object]:
         latest = max((runs / name).iterdir(), key=lambda folder: int(folder.name))
-        paths = [*latest.glob("*.pth"), ckpts / f"{stages.STAGES[name].publishes}_gen.pth"]
+        paths = [*latest.glob("*.pth"), files.weight_path(ckpts, stages.STAGES[name].publishes)]
         return {path.name: weights.load_file(path) for path in paths}
 
     def resume() -> list[str]:
         return ["--resume"] if list(runs.rglob("state.pth")) else []
 
-    command = next(command for command, names in STAGES.items() if name in names)
+    command = next(command for command, names in TRAINS.items() if name in names)
     given = [ROOT / "main.py", command, "--stage", name, "--root", root, "--ckpts", ckpts]
     given += ["--runs", runs, "--vgg", start / "vgg19.pth", "--steps", STEPS.get(name, 100)]
     given += ["--batch-size", 2, "--crop", 16, "--checkpoint-every", 5, "--held-out", 1]
