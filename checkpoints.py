@@ -84,7 +84,7 @@ def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None
             changes[key] = change if len(change) < 120 else f"other {key}"
     step, steps = state["progress"]["step"], settings["steps"]
     if step > steps:
-        raise UserError(f"{path}: is at step {step} already; give --steps above {steps}")
+        raise UserError(f"{path}: is at step {step} already; give --steps above that")
     more = f" with {changes.pop('steps')}" if "steps" in changes else ""
     if changes and not accept_changes:
         raise UserError(
@@ -121,33 +121,42 @@ def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
 
 
 def publish(
-    stage: Stage, folder: Path, target: Path, done: Progress, before: Metrics, reference: Metrics
+    stage: Stage,
+    folder: Path,
+    target: Path,
+    done: Progress,
+    metrics_there: Metrics,
+    reference: Metrics,
+    force: bool,
 ) -> None:
     """Copies a training's best weights to where tests and later stages look for them.
 
-    Unless those there validate as well: a short trial must not replace good weights. What is not
-    validated, or not judged by that (`Stage.newest_is_best`), is published only when the training
-    is complete. What is replaced is kept in the training's folder.
+    Unless those there are as good: they validate as well or, where validation does not judge (see
+    `Stage.newest_is_best`) or there is none, this training is shorter than the stage's recipe.
+    What is replaced is kept in the training's folder.
 
     Args:
-        before: metrics of the weights there, {} if there are none.
+        metrics_there: of the weights to replace, {} if there are none.
         reference: metrics of what the stage is compared with.
+        force: replace them anyway, if the training is complete.
     """
-    source, step = folder / "latest.pth", done.step
+    source, step, steps = folder / "latest.pth", done.step, type(stage).recipe.steps
     complete = step >= stage.recipe.steps
-    better = complete
     if done.best:
         source, step = folder / "best.pth", done.best_step
-        better = stage.better(done.best, before) and (complete or not stage.newest_is_best)
-        rows = (stage.compared_with, reference), ("before", before), (f"step {step}", done.best)
+        table = {stage.compared_with: reference, "published": metrics_there}
+        rows = (table | {f"step {step}": done.best}).items()
         metrics.print_table([row for row in rows if row[1]])
+    if done.best and not stage.newest_is_best:
+        better, reason = stage.better(done.best, metrics_there), f"{source} is not better"
+    else:
+        better = complete and (done.step >= steps or not target.exists())
+        reason = f"{source} has had {done.step} of the {steps} steps of {stage.name}'s recipe"
     there = target.exists()
     if there and source.exists() and filecmp.cmp(source, target, shallow=False):
         console.info(f"{target}: is {source} already, of step {step}")
-    elif not better:
-        console.info(
-            f"{target}: unchanged, as {source} has not proved better; copy that file to use it"
-        )
+    elif not (better or (force and complete)):
+        console.info(f"{target}: unchanged, for {reason}; copy that file, or give --publish")
     else:
         if there:
             kept = folder / f"replaced-{files.digest(target)}.pth"

@@ -49,7 +49,10 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
     lr_tiles, hr_tiles = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))
     if not (lr_tiles and lr and hr):
-        raise ImageError(f"{tile_folder(root, LR)}: no tiles; {tiles.SLICE_AGAIN}")
+        raise ImageError(
+            f"{root / TRAINING / HR}: nothing is sliced; put photographs there, then run"
+            " `python slice_images_w_overlapping.py`"
+        )
     for name in sorted(lr.keys() | hr.keys()):
         whole = name in lr_tiles and lr_tiles[name].keys() == hr_tiles.get(name, {}).keys()
         if not (whole and name in lr and name in hr):
@@ -164,7 +167,7 @@ class PairedTiles(Dataset):
             side = max(map(min, shapes.values()))
             raise UserError(
                 f"{tile_folder(root, LR)}: all tiles are smaller than the crops of {largest} pixels"
-                f" a side; give --crop {side} or less"
+                f" a side; give --crop {side} or less, or slice with --tiles 1 --pad 0"
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]

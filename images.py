@@ -152,6 +152,8 @@ def read_stamp(path: Path) -> str:
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
     """Gives the image in a file, not decoded yet."""
+    if path.suffix.lower() in FOREIGN:
+        raise console.ImageError(f"{path}: {path.suffix} cannot be read here; convert it to PNG")
     with path.open("rb") as file:  # Pillow would map some TIFF files by name, and turn them wrongly
         with _pillow(path):
             image = Image.open(file, formats=FORMATS)
@@ -208,7 +210,7 @@ def _load(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
     gray = np.asarray(image.convert("RGB")) == 128  # libjpeg's for what is missing
     missing = gray.all(axis=(1, 2)).mean()
     if missing > MOST_MISSING:
-        raise OSError(f"{missing:.0%} are missing at its end")
+        raise OSError(f"{missing:.0%} of its rows are missing")
     notes.append("its end is missing")
     return image
 

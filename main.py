@@ -141,7 +141,7 @@ def enlarge(
 def chosen_generators(options: Namespace) -> dict[Path, float]:
     """Returns the weight files of the generator to use, and their shares if it is a mixture."""
     if options.texture is not None and (options.model != "srgan" or options.generator):
-        raise UserError("--texture: goes with --model srgan alone")
+        raise UserError("--texture: is of the SRGAN; add --model srgan")
     if options.generator:
         return {options.generator: 1.0}
     texture = 1.0 if options.texture is None else options.texture
@@ -252,9 +252,11 @@ def upscale(options: Namespace) -> None:
     """Upscales images, or all images of folders, where they lie: NAME_x4.png beside each."""
     if not options.images:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
-    ending = pipeline.ENDING + {"edge-srgan": "", "srresnet": "_fast"}.get(options.model, "_srgan")
+    texture = "" if options.texture is None else f"_{options.texture:g}"
+    which = {"edge-srgan": "", "srresnet": "_fast", "srgan": f"_srgan{texture}"}[options.model]
+    ending = f"{pipeline.ENDING}{which}.{options.format}"
     jobs, problems = pipeline.upscale_jobs(
-        options.images, options.output, f"{ending}.{options.format}", options.recursive
+        options.images, options.output, ending, options.recursive
     )
     where = jobs[0].target if len(jobs) == 1 else options.output or "beside the originals"
     found, work = (jobs, problems), partial(upscale_image, options)
@@ -283,6 +285,8 @@ def upscale_image(
     if options.preview and enlarger.needs_edges and hr_edges is None:
         hr_edges = enlarger.predict_edges(photo.rgb)
     sr = enlarger(photo.rgb, hr_edges, on_progress)
+    if photo.alpha is not None:
+        photo.alpha = enlarger(np.repeat(photo.alpha[..., None], 3, axis=2))[..., 0]
 
     def write() -> list[str]:
         notes = photo.notes + images.write_image(job.target, sr, photo, str(stamp))
@@ -371,8 +375,11 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--texture", type=fraction, help="srgan's: 0 smooth and exact, 1 rich in texture")
         other = "weight file of another generator, instead of --model"
         add("--generator", type=console.existing_file, help=other)
-        what = "file" if name == "upscale" else "folder of files {id}.png"
-        add("--edges", type=console.path, help=f"{what} with HR edges, instead of predicted ones")
+        edges_help = "with HR edges, instead of predicted ones"
+        if name == "upscale":
+            add("--edges", type=console.existing_file, help=f"file {edges_help}")
+        else:
+            add("--edges", type=console.existing_folder, help=f"folder of {{id}}.png {edges_help}")
     if name == "upscale":
         add("images", nargs="*", type=console.path, help="images and folders")
         add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
@@ -394,6 +401,7 @@ def add_training_options(add: Callable[..., object], names: list[str], is_help: 
     add("--resume", action="store_true", help="continue the last run")
     add("--accept-changes", action="store_true", help="with --resume: continue with other settings")
     add("--init", type=console.existing_file, help="weight file to start from")
+    add("--publish", action="store_true", help="put the weights into --ckpts, better or not")
     add("--steps", type=count, shown=own("steps"), help="updates of the weights")
     add("--epochs", type=positive, help="number of passes over the tiles, instead of --steps")
     add("--batch-size", type=count, shown=own("batch_size"), help="crops per process")

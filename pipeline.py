@@ -119,7 +119,7 @@ class Report:
         made, current, skipped = map(sum, zip(*gathered, strict=True))
         text = f"{done} {made} image{'s' * (made != 1)}"
         text += f", {current} up to date" * (current > 0) + f", {skipped} skipped" * (skipped > 0)
-        text += f", in {console.duration(self.start)}: {where}"
+        text += f", in {console.duration(self.start)}" + f": {where}" * (made + current > 0)
         if not (device and device.rank):
             (console.warn_incomplete if skipped else console.info)(text)
 

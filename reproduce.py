@@ -93,7 +93,7 @@ def known_stages(text: str) -> list[str]:
 def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list[str]]:
     """Returns the options of a stage's training and the command line that gives them."""
     command = next(command for command, names in main.TRAINS.items() if name in names)
-    argv = ["--stage", name, "--root", options.root, "--crop", options.crop]
+    argv = ["--stage", name, "--publish", "--root", options.root, "--crop", options.crop]
     argv += ["--held-out", options.held_out, "--ckpts", options.ckpts, "--runs", options.runs]
     start = options.init and files.weight_path(options.init, stages.STAGES[name].publishes)
     if start and start.exists():

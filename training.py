@@ -28,6 +28,7 @@ import checkpoints
 import console
 import files
 import images
+import losses
 import metrics
 import weights
 from checkpoints import Progress
@@ -35,7 +36,7 @@ from console import ImageError, NotFiniteError, UserError
 from dataset import PairedTiles, Pairs, crop_pair, draw_batches, split
 from device import Device, is_out_of_memory
 from metrics import Metrics
-from stages import Batch, Recipe, Stage
+from stages import Batch, Losses, Recipe, Stage
 
 EMA_DECAY = 0.999  # per step
 LOG_EVERY = 20  # steps
@@ -103,7 +104,7 @@ def fit(  # noqa: PLR0912, PLR0915
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
     samples = held_out_crops(held_out or training, recipe, device)
     target = files.weight_path(options.ckpts, stage.publishes)
-    before = validate_published(stage, target, held_out, device)
+    there = validate_published(stage, target, held_out, device)
     reference = measure(held_out, device, stage.reference)
 
     # Train
@@ -148,12 +149,12 @@ def fit(  # noqa: PLR0912, PLR0915
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
                 for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
-                    losses, scalars = stage.losses(batch)
-                    totals = {key: sum(terms.values()) for key, terms in losses.items()}
+                    all_terms, scalars = stage.losses(batch)
+                    totals = {key: sum(terms.values()) for key, terms in all_terms.items()}
                     for total in totals.values():
                         (total / recipe.accumulate).backward()
                         watched += total.detach()
-                    log.count(losses, totals, scalars, len(batch["lr"]))
+                    log.count(all_terms, totals, scalars, len(batch["lr"]))
                 device.average_gradients(networks.values())
                 whole = False
                 for optimizer in optimizers.values():
@@ -188,7 +189,8 @@ def fit(  # noqa: PLR0912, PLR0915
             raise
 
         # Publish
-        device.from_first(checkpoints.publish, stage, folder, target, done, before, reference)
+        publishing = stage, folder, target, done, there, reference, options.publish
+        device.from_first(checkpoints.publish, *publishing)
         if problems := device.gather(problems):
             raise problems[0]
         if device.any_process(bool(interrupted)):
@@ -218,6 +220,7 @@ def describe(
     values["schedule"] = recipe.schedule.__name__
     values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
+    values |= {key.lower(): each for key, each in vars(losses).items() if key.endswith("WEIGHT")}
     return {key.replace("_", " "): value for key, value in values.items()} | {
         "precision": str(device.dtype).removeprefix("torch."),
         "seed": options.seed,
@@ -420,13 +423,15 @@ class Log:
 
     def count(
         self,
-        losses: dict[str, dict[str, Tensor]],
+        all_terms: Losses,
         totals: dict[str, Tensor],
         scalars: dict[str, Tensor],
         crops: int,
     ) -> None:
         """Takes in a batch's losses without waiting for the device."""
-        values = {f"loss {key}/{term}": v for key, ts in losses.items() for term, v in ts.items()}
+        values = {
+            f"loss {key}/{term}": v for key, ts in all_terms.items() for term, v in ts.items()
+        }
         values |= {f"loss {key}/sum": total for key, total in totals.items()} | scalars
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach()

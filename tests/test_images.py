@@ -569,7 +569,7 @@ def cut(path, length):
     [
         ("a.png", b"", "replace it or convert"),
         ("notes.txt", b"words", "replace it or convert"),
-        ("a.heic", b"words", "replace it or convert"),
+        ("a.heic", b"words", "convert it to PNG"),
         ("a.jpg", b"\0\0\0\x18ftypheic\0\0\0\0", "replace it or convert"),
         (
             "a.eps.png",

@@ -93,7 +93,7 @@ def options_of(root, vgg, ckpts, folder, kind, /, **changes):
     values = {"root": root, "ckpts": folder, "runs": runs, "vgg": vgg, "init": init}
     values |= {"resume": False, "accept_changes": False, "seed": 0, "workers": 0}
     values |= {"steps": 4, "epochs": None, "batch_size": 2, "crop": 16, "learning_rate": None}
-    values |= {"jpeg": None, "held_out": 4, "checkpoint_every": 500}
+    values |= {"jpeg": None, "held_out": 4, "checkpoint_every": 500, "publish": False}
     return Namespace(**values | changes)
 
 
@@ -449,13 +449,22 @@ def test_ctrl_c_publishes_what_was_validated_since_the_start(given, folder, monk
     assert (published(folder, EdgePreModel) == before) is (every == 500)
 
 
-def test_without_held_out_images_a_complete_training_is_published(given, folder, monkeypatch):
-    before = published(folder, EdgePreModel)
-    interrupted_at(monkeypatch, EdgePreModel, 2, given(EdgePreModel, held_out=0))
-    assert published(folder, EdgePreModel) == before
-    fit(EdgePreModel, given(EdgePreModel, held_out=0, resume=True))
-    latest = (run_of(folder, EdgePreModel) / "latest.pth").read_bytes()
-    assert published(folder, EdgePreModel) == latest != before
+@pytest.mark.parametrize("kind", [SRResNetModel, SRModel])  # the former without held-out images
+def test_what_nothing_judges_is_published_when_complete(given, folder, monkeypatch, capsys, kind):
+    shutil.copy(folder / "PreModel_gen.pth", folder / "SRModel_gen.pth")
+    before, options = published(folder, kind), {"held_out": 4 * (kind is SRModel)}
+    interrupted_at(monkeypatch, kind, 2, given(kind, **options, publish=True))
+    assert published(folder, kind) == before
+    fit(kind, given(kind, **options, resume=True))  # of its steps, not of the recipe's
+    assert published(folder, kind) == before
+    assert "--publish" in capsys.readouterr().out.splitlines()[-1]
+    fit(kind, given(kind, **options, resume=True, publish=True))
+    latest = (run_of(folder, kind) / "latest.pth").read_bytes()
+    assert published(folder, kind) == latest != before
+    shutil.copy(folder / "PreModel_gen.pth", folder / f"{kind.publishes}_gen.pth")
+    monkeypatch.setattr(kind, "recipe", dataclasses.replace(kind.recipe, steps=4))
+    fit(kind, given(kind, **options, resume=True))
+    assert published(folder, kind) == latest
 
 
 def test_weights_of_another_network_are_replaced_without_a_comparison(given, folder):
@@ -999,7 +1008,7 @@ def test_first_process_reads_and_writes_for_all_and_speaks_for_them(folder, give
     statuses, printed = train(learning_rate=1e30, steps=60)
     assert statuses == [1, 1] and printed.count("not finite at step") == 1
     statuses, printed = train(root=tmp_path)
-    assert statuses == [1, 1] and printed.count(": no tiles; ") == 1
+    assert statuses == [1, 1] and printed.count(": nothing is sliced; ") == 1
 
 
 def batch_of(sliced):

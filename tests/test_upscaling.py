@@ -162,7 +162,17 @@ def test_edges_can_be_given(upscale, a, tmp_path):
     Image.new("L", (SIDE, SIDE)).save(tmp_path / "edges.png")
     for wrong in (tmp_path / "edges.png", tmp_path, tmp_path / "none.png"):
         status, printed = upscale(a, "--edges", wrong, "--overwrite")
-        assert status == 1 and str(wrong) in printed and "remove" not in printed
+        assert status in (1, 2) and str(wrong) in printed and "remove" not in printed
+
+
+def test_transparency_is_enlarged_by_the_network(upscale, ckpts, tmp_path):
+    rgb, alpha = photograph(0, SIDE), photograph(1, SIDE)[..., 0]
+    Image.fromarray(np.dstack([rgb, alpha])).save(tmp_path / "b.png")
+    assert upscale(tmp_path / "b.png", "--fast")[0] == 0
+    enlarger = Enlarger(load_network(ckpts / "SRResNet_gen.pth"), None, CPU)
+    expected = enlarger(np.repeat(alpha[..., None], 3, axis=2))[..., 0]
+    found = np.asarray(Image.open(tmp_path / "b_x4_fast.png"))[..., 3]
+    assert (found == expected).all()
 
 
 def test_a_preview_costs_no_second_prediction_of_edges(upscale, a, tmp_path, monkeypatch):
@@ -319,7 +329,7 @@ def test_python_calls_it_as_a_command_line_does(a, ckpts, tmp_path, monkeypatch)
     main.upscale(str(a), model="srgan", texture=1, ckpts=str(ckpts), output="~/large", edges=None)
     main.upscale("~/a.png", overwrite=False, preview=True, ckpts=ckpts)
     made = ["a.png", "a_x4.png", "a_x4_fast.png", "a_x4_preview.png", "large"]
-    assert names(tmp_path) == made and names(tmp_path / "large") == ["a_x4_srgan.png"]
+    assert names(tmp_path) == made and names(tmp_path / "large") == ["a_x4_srgan_1.png"]
     with pytest.raises(TypeError, match="speed"):
         main.upscale(a, speed=9)
     with pytest.raises(TypeError, match="edges"):
