@@ -14,6 +14,7 @@ lint: .venv/tools
 	$(RUN) -m ruff format --check .
 
 .venv/product: requirements.txt
+	@echo "Installing into .venv: up to 6 GB, some minutes"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@

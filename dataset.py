@@ -19,11 +19,10 @@ from torchvision.transforms.v2 import functional as transforms
 
 import console
 import device
-import files
 import images
+import pipeline
 import tiles
 from console import ImageError, UserError
-from pipeline import Stamp
 from tiles import HR, LR, SCALE, TRAINING
 
 JPEG_QUALITIES = 60, 100
@@ -60,8 +59,12 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
             raise ImageError(f"{path}: not sliced, or without a partner; {tiles.SLICE_AGAIN}")
     pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
     firsts = {name: [min(found[name].items())[1] for found in (lr_tiles, hr_tiles)] for name in lr}
-    jobs = [job for name in pairs for job in zip(pairs[name], firsts[name], strict=True)]
-    in_threads(check_tile, jobs, "Checking tiles")
+    jobs = [
+        (tile, image, tiles.SLICE_AGAIN)
+        for name in pairs
+        for image, tile in zip(pairs[name], firsts[name], strict=True)
+    ]
+    in_threads(pipeline.check_source, jobs, "Checking tiles")
     names, most = list(pairs), min(held_out, len(pairs) // 4)
     chosen = {names[i * len(names) // most] for i in range(most)}
     training = {name: pair for name, pair in pairs.items() if name not in chosen}
@@ -78,12 +81,6 @@ def in_threads(work: Callable[..., T], jobs: Sequence[tuple], title: str) -> lis
     with ThreadPoolExecutor(console.processor_share()) as pool:
         found = pool.map(lambda job: work(*job), jobs)
         return list(console.progress(found, title, len(jobs), leave=False, unit="tile"))
-
-
-def check_tile(image: Path, tile: Path) -> None:
-    """Raises ImageError if a tile's stamp says that it was cut from another image."""
-    if Stamp.read(tile).source not in ("", files.digest(image)):
-        raise ImageError(f"{tile}: not cut from {image.name} as it is now; {tiles.SLICE_AGAIN}")
 
 
 class CropRequest(NamedTuple):
@@ -167,7 +164,7 @@ class PairedTiles(Dataset):
             side = max(map(min, shapes.values()))
             raise UserError(
                 f"{tile_folder(root, LR)}: all tiles are smaller than the crops of {largest} pixels"
-                f" a side; give --crop {side} or less, or slice with --tiles 1 --pad 0"
+                " a side; slice with --tiles 1 --pad 0" + f", or give --crop {side}" * (side >= 8)
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]

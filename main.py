@@ -345,7 +345,10 @@ def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device")
     import metrics
 
     found = sorted(device.gather(list(rows.items())))
-    if not found or device.rank:
+    if device.rank:
+        return
+    path.unlink(missing_ok=True)
+    if not found:
         return
     found.append(("mean", metrics.mean_of([row for _, row in found])))
     metrics.write_csv(path, found)
@@ -437,7 +440,7 @@ def run(argv: list[str]) -> None:
         COMMANDS[name].__wrapped__(parser.parse_args(rest))
     else:
         hint = console.did_you_mean(name, list(COMMANDS))
-        hint = hint or f"; see --help, or did you mean `upscale {name}`?"
+        hint = hint or "; see --help" + f", or did you mean `upscale {name}`?" * (name[0] != "-")
         parser = console.Parser(None, prog="main.py")
         parser.error(f"the first argument must be a command, not {name}{hint}")
 

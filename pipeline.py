@@ -246,7 +246,7 @@ def upscale_jobs(
         problems += foreign
     if not sources and not problems:
         where = ", ".join(map(str, given))
-        raise UserError(f"{where}: no images to upscale; give --recursive for sub-folders")
+        raise UserError(f"{where}: no images but earlier results; give --recursive for sub-folders")
     if output and output.suffix and not output.is_dir():
         if len(sources) > 1 or output.suffix.lower() not in images.RESULTS:
             raise UserError(

@@ -112,6 +112,7 @@ def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> 
     times = [time.monotonic()]
     with tempfile.TemporaryDirectory() as folder:
         ckpts = Path(folder) / "ckpts"
+        given.ckpts.mkdir(parents=True, exist_ok=True)
         shutil.copytree(given.ckpts, ckpts)  # trials publish nothing
         for steps in TRIALS:
             trial = vars(given) | {"steps": steps, "ckpts": ckpts, "runs": Path(folder) / "runs"}

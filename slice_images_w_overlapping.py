@@ -113,16 +113,17 @@ def slice_pair(pair: Pair, count: int, pad: int) -> list[str]:
 
 
 def make_lr(lr: Path, hr: Path) -> None:
-    """Makes an LR image from HR unless the user brought one.
+    """Makes an LR image from HR, unless there is one of it, or one that the user brought.
 
     HR rows and columns beyond a multiple of `SCALE` are left out, as the papers do.
     """
-    if os.path.lexists(lr) and not Stamp.read(lr).is_downscaled:
+    there, wanted = Stamp.read(lr), Stamp(files.digest(hr))
+    if os.path.lexists(lr) and (there == wanted or not there.is_downscaled):
         return
     if min(images.image_size(hr)) < SCALE:
         raise ImageError(f"{hr}: smaller than {SCALE}x{SCALE} pixels; remove it")
     image = images.bicubic(images.read_image(hr), 1 / SCALE)
-    images.write_png(lr, image, str(Stamp(files.digest(hr))))
+    images.write_png(lr, image, str(wanted))
 
 
 if __name__ == "__main__":

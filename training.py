@@ -184,7 +184,7 @@ def fit(  # noqa: PLR0912, PLR0915
         except (Exception, KeyboardInterrupt) as error:
             if device.rank == 0 and done.step and whole:
                 checkpoints.save_anyway(save, folder, done)
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not isinstance(error, MemoryError):
                 raise MemoryError("Memory is full; give a smaller --batch-size") from error
             raise
 
@@ -220,7 +220,7 @@ def describe(
     values["schedule"] = recipe.schedule.__name__
     values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
-    values |= {key.lower(): each for key, each in vars(losses).items() if key.endswith("WEIGHT")}
+    values["loss weights"] = {k: each for k, each in vars(losses).items() if k.endswith("WEIGHT")}
     return {key.replace("_", " "): value for key, value in values.items()} | {
         "precision": str(device.dtype).removeprefix("torch."),
         "seed": options.seed,

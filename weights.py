@@ -1,7 +1,6 @@
 """Weight files: how they are written, and recognised by their keys, whoever wrote them."""
 
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -56,17 +55,16 @@ def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module
             section 3.4).
     """
     states = {path: load_state(path) for path in shares}
-    first, *others = (build_network(state, path, *kinds) for path, state in states.items())
-    for path, network in zip(list(shares)[1:], others, strict=True):
-        if (type(network), network.arguments) != (type(first), first.arguments):
-            raise UserError(f"{path}: not of the architecture of {next(iter(shares))}; {ANOTHER}")
+    first = next(iter(shares))
+    shapes = {path: {k: v.shape for k, v in state.items()} for path, state in states.items()}
+    for path in shares:
+        if shapes[path] != shapes[first]:
+            raise UserError(f"{path}: not of the architecture of {first}; {ANOTHER}")
     mixed = {
         key: sum(share * states[path][key].float() for path, share in shares.items())
-        for key, value in first.state_dict().items()
-        if value.is_floating_point()
+        for key in states[first]
     }
-    first.load_state_dict(first.state_dict() | mixed)
-    return first
+    return build_network(mixed, first, *kinds)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -138,12 +136,8 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
     except OSError as error:
         raise UserError(f"{one_line(error)}; make it readable, or {ANOTHER}") from error
     except Exception as error:  # torch.load raises whatever a damaged file leads it into
-        reason = f"not a weight file, or a damaged one; {ANOTHER}"
-        if zipfile.is_zipfile(path):
-            reason = "holds more than tensors; save the network's state_dict() alone"
-        elif path.suffix == ".safetensors":
-            reason = "convert it with safetensors.torch.load_file and torch.save"
-        raise UserError(f"{path}: {reason}") from error
+        reason = "damaged, or not a file that torch.save wrote of tensors alone"
+        raise UserError(f"{path}: {reason}; {ANOTHER}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict; {ANOTHER}")
     return content

@@ -424,6 +424,15 @@ def test_no_ground_truth_at_all_is_said(evaluated, capsys):
     assert str(evaluated / TEST / HR) in line
 
 
+def test_no_table_of_earlier_images_is_left(evaluated, capsys):
+    evaluate(evaluated)
+    shutil.rmtree(evaluated / TEST / LR / OUTPUT / JOINED)
+    table = evaluated / TEST / LR / OUTPUT / JOINED / "metrics.csv"
+    table.parent.mkdir()
+    table.write_text("of before")
+    assert "metrics.csv" not in failing(capsys, evaluate, evaluated) and not table.exists()
+
+
 def test_table_is_on_disk_before_it_is_printed(evaluated, monkeypatch):
     monkeypatch.setattr(metrics, "print_table", None)
     with pytest.raises(TypeError):

@@ -161,7 +161,7 @@ def test_commands_of_the_readme_work_one_after_the_other(copy, start, vgg, monke
             given += [*SHORT, f"--vgg={vgg}", f"--init=ckpts/{INIT[given[1]]}_gen.pth"]
         given = chain(*(sorted(glob.glob(word)) if "*" in word else [word] for word in given))
         assert start(*given) == 0, shlex.join(words)
-        for promised in re.findall(r"[\w/*]+\.png", comment):
+        for promised in re.findall(r"[\w./*]+\.png", comment):
             assert list(copy.glob(promised)), f"{shlex.join(words)}: {promised}"
 
 

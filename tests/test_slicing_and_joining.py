@@ -165,6 +165,17 @@ def test_an_lr_image_of_the_users_own_is_kept(pair):
     assert path.read_bytes() == before
 
 
+def test_a_made_lr_image_that_was_edited_is_kept(tmp_path):
+    save(tmp_path / TEST / HR, "a.png", photograph(1, 96))
+    slice_all(tmp_path)
+    path = tmp_path / TEST / LR / "a.png"
+    with Image.open(path) as made:
+        made.transpose(Image.Transpose.ROTATE_180).save(path, exif=made.getexif())
+    before = path.read_bytes()
+    slice_all(tmp_path)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("subset", [TRAINING, TEST])
 def test_benchmark_names_and_sizes_that_are_no_multiple_of_four(tmp_path, capsys, subset):
     hr = photograph(1)[:195, :242]

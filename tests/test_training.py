@@ -367,6 +367,8 @@ def test_half_of_a_batch_is_given_the_edges_of_the_ground_truth(given):
     edges = stage.hr_edges(batch)
     same = [torch.equal(a, b) for a, b in zip(edges, batch["hr_edges"], strict=True)]
     assert same == [True, True, False, False]
+    alone = {key: value[:1] for key, value in batch.items()}
+    assert torch.equal(stage.hr_edges(alone), alone["hr_edges"])
 
 
 def test_epochs_count_passes_over_the_tiles(given, folder):

@@ -200,9 +200,9 @@ def test_states_of_our_own_trainings_hold_the_averaged_weights(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.safetensors", b"{}", "safetensors.torch.load_file"),
+        ("a.safetensors", b"{}", "torch.save"),
         ("a.pth", b"", "damaged"),
-        ("a.pth", None, "more than tensors"),
+        ("a.pth", None, "of tensors alone"),
     ],
 )
 def test_what_cannot_be_read_is_called_by_its_name(tmp_path, name, content, words):
