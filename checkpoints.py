@@ -24,7 +24,7 @@ START = "starting weights"  # of settings: the digest of a file, "" where --init
 
 @dataclass
 class Progress:
-    """How far a training has come."""
+    """The progress of a training."""
 
     step: int = 0
     validated: int = -1  # the step of the last validation
@@ -37,7 +37,7 @@ def begin(
 ) -> tuple[Path, dict[str, dict] | None, dict]:
     """Returns a training's folder, its state to resume from or None, and its complete settings.
 
-    A state is not continued whose stage started from weights that are others now: an earlier stage
+    A state is not continued whose stage started from weights that have changed: an earlier stage
     has been trained since.
 
     Raises:

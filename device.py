@@ -144,9 +144,9 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
     several = all(name in os.environ for name in TORCHRUN)  # one alone is left from elsewhere
     rank, world = (int(os.environ[each]) for each in TORCHRUN[:2]) if several else (0, 1)
     kind = choose_kind(name)
-    place = torch.device(kind)
+    torch_device = torch.device(kind)
     if kind == "cuda":
-        place = torch.device(kind, torch.cuda.current_device())
+        torch_device = torch.device(kind, torch.cuda.current_device())
         torch.backends.cudnn.allow_tf32 = False  # SSIM subtracts squares
     dtype = choose_precision(kind, precision, training)
     slow_backwards = kind == "cpu" and dtype == torch.float32  # in channels-last
@@ -161,7 +161,7 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
             atexit.register(dist.destroy_process_group)
-    return Device(place, dtype, rank, world, layout)
+    return Device(torch_device, dtype, rank, world, layout)
 
 
 def choose_kind(name: str) -> str:

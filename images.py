@@ -1,4 +1,4 @@
-"""Image files in and out: any common format is read, and what is not pixels is carried along.
+"""Image files in and out: any common format is read, and metadata are kept.
 
 An image is an `(H, W, 3)` uint8 array, RGB, upright. Slicing, training and `upscale` all see
 the same pixels of a file; what these cannot carry stays in a `Photo` until the result is written.
@@ -104,7 +104,7 @@ def read_photo(path: Path) -> Photo:
         with _pillow(path):
             image = _load(path, file, notes)
         if _orientation(path, image) != orientation:
-            notes.append("its orientation stands behind its pixels and is ignored")
+            notes.append("its orientation tag comes after its pixels and is ignored")
         text = metadata.take_texts(image)
         notes += metadata.left_out(image)
 

@@ -115,7 +115,7 @@ def check_weights(chosen: list[type], options: Namespace) -> None:
 # Testing --------------------------------------------------------------------------------------
 
 
-def enlarge(
+def run_networks(
     options: Namespace,
     shares: dict[Path, float],
     found: tuple[list[Job], list[str]],
@@ -158,7 +158,7 @@ def test(options: Namespace) -> None:
     files.check_writable(output)
     hr, _ = tiles.find_images(options.root / TEST / HR)
     work = partial(test_image, options, tiles.find_tiles(folder), tiles.find_tiles(output), hr)
-    enlarge(options, chosen_generators(options), found, work, "Tested", output)
+    run_networks(options, chosen_generators(options), found, work, "Tested", output)
 
 
 def test_image(
@@ -203,7 +203,7 @@ def edges(options: Namespace) -> None:
     found = pipeline.test_jobs(options.root, "edges/{}.png")
     folder = options.root / TEST / tiles.LR / OUTPUT / "edges"
     files.check_writable(folder)
-    enlarge(options, {}, found, predict_edges, "Predicted edges of", folder)
+    run_networks(options, {}, found, predict_edges, "Predicted edges of", folder)
 
 
 def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Finish | None:
@@ -260,7 +260,7 @@ def upscale(options: Namespace) -> None:
     )
     where = jobs[0].target if len(jobs) == 1 else options.output or "beside the originals"
     found, work = (jobs, problems), partial(upscale_image, options)
-    enlarge(options, chosen_generators(options), found, work, "Upscaled", where)
+    run_networks(options, chosen_generators(options), found, work, "Upscaled", where)
 
 
 def upscale_image(
@@ -276,7 +276,7 @@ def upscale_image(
         if target.samefile(job.source):
             raise ImageError(f"{target}: is the image itself; give another --output")
         if not options.overwrite and Stamp.read(target) != stamp:
-            raise ImageError(f"{target}: exists, made otherwise; give --overwrite to replace it")
+            raise ImageError(f"{target}: exists, of other settings; give --overwrite to replace it")
     if existing == targets and not options.overwrite:
         return None
     photo = images.read_photo(job.source)
@@ -337,7 +337,7 @@ def evaluate_image(
     for path in paths[1:]:
         pipeline.check_size(path, job.source)
     rows[job.name] = metrics.against_bicubic(*map(images.read_image, paths), device)
-    return list
+    return lambda: None
 
 
 def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device") -> None:

@@ -64,7 +64,7 @@ def find_details(image: np.ndarray, side: int, most: int = 3) -> list[tuple[floa
 
 
 def crop_detail(image: np.ndarray, center: tuple[float, float]) -> np.ndarray:
-    """Returns the square of the sheet's size around a place, as far inside as need be."""
+    """Returns the square of the sheet's size around a place, moved inside the image if need be."""
     starts = [
         max(0, min(round(place * length) - DETAIL // 2, length - DETAIL))
         for place, length in zip(center, image.shape[:2], strict=True)

@@ -109,9 +109,9 @@ def fit(  # noqa: PLR0912, PLR0915
 
     # Train
     one_shape = recipe.crops[0] == recipe.crops[1]
-    saved, watched = time.monotonic(), torch.zeros((), device=device.torch_device)
+    saved, loss_sum = time.monotonic(), torch.zeros((), device=device.torch_device)
     problems: list[Exception] = []
-    whole = True  # not amid the updates of a step
+    consistent = True  # not amid the updates of a step
     log = Log(stage, folder, settings, done, device)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
@@ -153,10 +153,10 @@ def fit(  # noqa: PLR0912, PLR0915
                     totals = {key: sum(terms.values()) for key, terms in all_terms.items()}
                     for total in totals.values():
                         (total / recipe.accumulate).backward()
-                        watched += total.detach()
+                        loss_sum += total.detach()
                     log.count(all_terms, totals, scalars, len(batch["lr"]))
                 device.average_gradients(networks.values())
-                whole = False
+                consistent = False
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = rate * group["factor"]
@@ -164,14 +164,14 @@ def fit(  # noqa: PLR0912, PLR0915
                     optimizer.zero_grad()
                 update_ema(ema, networks["gen"], done.step)
                 done.step += 1
-                whole = True
+                consistent = True
 
                 # Log
                 log.bar.update()
                 if done.step % LOG_EVERY == 0:
-                    if device.any_process(not watched.isfinite()):
+                    if device.any_process(not loss_sum.isfinite()):
                         raise NotFiniteError("a loss is not finite")
-                    watched.zero_()
+                    loss_sum.zero_()
                     log.flush(rate)
                 if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     device.from_first(save)
@@ -182,7 +182,7 @@ def fit(  # noqa: PLR0912, PLR0915
                 " keeps what was saved until then; start again with a lower --learning-rate"
             ) from error
         except (Exception, KeyboardInterrupt) as error:
-            if device.rank == 0 and done.step and whole:
+            if device.rank == 0 and done.step and consistent:
                 checkpoints.save_anyway(save, folder, done)
             if is_out_of_memory(error) and not isinstance(error, MemoryError):
                 raise MemoryError("Memory is full; give a smaller --batch-size") from error
@@ -306,16 +306,16 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
     Batch norm's statistics are averaged too; spectral norm's vectors are copied.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    all_kept, all_present = list(ema.parameters()), list(network.parameters())
-    for averaged, module in zip(ema.modules(), network.modules(), strict=True):
-        buffers = zip(averaged.buffers(recurse=False), module.buffers(recurse=False), strict=True)
-        for kept, present in buffers:
-            if isinstance(module, nn.BatchNorm2d) and kept.is_floating_point():
-                all_kept.append(kept)
-                all_present.append(present)
+    averages, currents = list(ema.parameters()), list(network.parameters())
+    for copy_of_it, module in zip(ema.modules(), network.modules(), strict=True):
+        buffers = zip(copy_of_it.buffers(recurse=False), module.buffers(recurse=False), strict=True)
+        for average, current in buffers:
+            if isinstance(module, nn.BatchNorm2d) and average.is_floating_point():
+                averages.append(average)
+                currents.append(current)
             else:
-                kept.copy_(present)
-    get_ema_multi_avg_fn(decay)(all_kept, all_present, None)  # in a few kernels
+                average.copy_(current)
+    get_ema_multi_avg_fn(decay)(averages, currents, None)  # in a few kernels
 
 
 # Validation -----------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ class Log:
             console.warn(f"No more curves, training goes on: {console.one_line(error)}")
 
     def restart(self) -> None:
-        """Starts the means and the clock anew."""
+        """Resets the means and the timer."""
         self.sums: dict[str, Tensor] = {}
         self.batches, self.crops, self.since = 0, 0, time.monotonic()
 
@@ -428,7 +428,7 @@ class Log:
         scalars: dict[str, Tensor],
         crops: int,
     ) -> None:
-        """Takes in a batch's losses without waiting for the device."""
+        """Adds a batch's losses without waiting for the device."""
         values = {
             f"loss {key}/{term}": v for key, ts in all_terms.items() for term, v in ts.items()
         }
