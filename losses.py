@@ -55,8 +55,9 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
 # Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
-TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT, GRID_WEIGHT = 10, 0.5, 0.1, 1000
-GRID_BLOCK = 8  # cells of 4 x 4 pixels over which the phases of a grid are averaged
+TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 5, 0.5, 0.05
+SPECTRUM_WEIGHT, SUBPIXEL_WEIGHT = 80, 1000
+WINDOW = 32  # pixels a side, of which spectra and means are taken
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
 
 real_or_fake = F.binary_cross_entropy_with_logits
@@ -80,26 +81,39 @@ def generator_terms(sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor) -
 def texture_terms(
     sr: Tensor, hr: Tensor, perceptual: Tensor, on_sr: Tensor, on_hr: Tensor
 ) -> dict[str, Tensor]:
-    """Returns the weighted terms of ESRGAN's generator (arXiv 1809.00219, eq. 3), and of `grid`."""
+    """Returns the weighted terms of ESRGAN's generator (arXiv 1809.00219, eq. 3), and two more."""
     return {
         "l1": TEXTURE_L1_WEIGHT * F.l1_loss(sr, hr),
         "perceptual": TEXTURE_WEIGHT * perceptual,
         "adversarial": TEXTURE_ADVERSARIAL_WEIGHT * relativistic(on_sr, on_hr),
-        "grid": GRID_WEIGHT * grid(sr, hr),
+        "spectrum": SPECTRUM_WEIGHT * spectral_distance(sr, hr),
+        "sub-pixel means": SUBPIXEL_WEIGHT * subpixel_means(sr, hr),
     }
 
 
-def grid(sr: Tensor, hr: Tensor) -> Tensor:
-    """Returns the mean square of a checkerboard of 4 x 4 pixels that an image has and HR lacks.
+def spectral_distance(sr: Tensor, hr: Tensor) -> Tensor:
+    """Returns L1 between amplitudes of the spectra of windows (Fuoli et al., arXiv 2106.00783).
 
-    Each of the 16 sub-pixels that the generator makes of an LR pixel is averaged over 8 x 8 LR
-    pixels: texture vanishes in that mean, and what remains is the same in all of them.
+    They tell how much texture of which frequency there is, not where: a generator that cannot know
+    the latter is still to paint the former, and no hatching of its own.
     """
-    side = SCALE * GRID_BLOCK
-    error = (sr - hr)[..., : sr.shape[2] // side * side, : sr.shape[3] // side * side]
-    cells = error.unflatten(3, (-1, GRID_BLOCK, SCALE)).unflatten(2, (-1, GRID_BLOCK, SCALE))
-    phases = cells.mean(dim=(3, 6))  # (N, 3, rows, 4, columns, 4)
-    return (phases - phases.mean(dim=(3, 5), keepdim=True)).square().mean()
+    line = torch.hann_window(WINDOW, device=sr.device)
+
+    def amplitudes(image: Tensor) -> Tensor:
+        windows = image.unfold(2, WINDOW, WINDOW // 2).unfold(3, WINDOW, WINDOW // 2)
+        return torch.fft.rfft2(windows * line[:, None] * line, norm="ortho").abs()
+
+    return F.l1_loss(amplitudes(sr), amplitudes(hr))
+
+
+def subpixel_means(sr: Tensor, hr: Tensor) -> Tensor:
+    """Returns the mean square of what is the same all over and should not be: grid, colours.
+
+    Each of the 16 sub-pixels that the generator makes of an LR pixel is averaged over windows:
+    texture vanishes in those means, a checkerboard or a cast of colour remains.
+    """
+    subpixels = F.pixel_unshuffle(sr - hr, SCALE)  # (N, 48, H / 4, W / 4)
+    return F.avg_pool2d(subpixels, WINDOW // SCALE).square().mean()
 
 
 def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
@@ -123,11 +137,15 @@ def discriminator_loss(on_hr: Tensor, on_sr: Tensor, softness: Tensor) -> Tensor
     return real_or_fake(on_hr, hr_label) + real_or_fake(on_sr, sr_label)
 
 
+RELU1_2, RELU2_2, RELU3_1 = 3, 8, 11  # layers of VGG19
+
+
 class PerceptualLoss(nn.Module):
-    """Mean squared difference of VGG19's features up to relu3_1 (Ledig et al., section 2.2.1).
+    """Difference of VGG19's features, squared error at relu3_1 unless it says otherwise.
 
     Args:
         state: of `vgg_state`.
+        layers: whose differences are summed (Ledig et al., section 2.2.1, has one).
         distance: of two tensors of features.
         smooth: pool without aliasing, by `L2Pool`.
     """
@@ -135,11 +153,12 @@ class PerceptualLoss(nn.Module):
     def __init__(
         self,
         state: dict[str, Tensor],
+        layers: tuple[int, ...] = (RELU3_1,),
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
         smooth: bool = False,
     ) -> None:
         super().__init__()
-        self.features, self.distance = vgg_features(), distance
+        self.features, self.layers, self.distance = vgg_features(), layers, distance
         self.features.load_state_dict(state, assign=True)
         for i, layer in enumerate(self.features):
             if smooth and isinstance(layer, nn.MaxPool2d):
@@ -152,10 +171,16 @@ class PerceptualLoss(nn.Module):
         """Returns a scalar, from images (N, 3, H, W) in [0, 1]; no gradient reaches `hr`."""
         with torch.no_grad():
             target = self._features(hr)
-        return self.distance(self._features(sr).float(), target.float())
+        pairs = zip(self._features(sr), target, strict=True)
+        return sum(self.distance(found.float(), wanted.float()) for found, wanted in pairs)
 
-    def _features(self, image: Tensor) -> Tensor:
-        return self.features((image - self.mean) / self.std)
+    def _features(self, image: Tensor) -> list[Tensor]:
+        x, found = (image - self.mean) / self.std, []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.layers:
+                found.append(x)
+        return found
 
 
 class L2Pool(nn.Module):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 import checkpoints
 import console
@@ -30,10 +30,11 @@ import files
 import images
 import losses
 import metrics
+import tiles
 import weights
 from checkpoints import Progress
 from console import ImageError, NotFiniteError, UserError
-from dataset import PairedTiles, Pairs, crop_pair, draw_batches, split
+from dataset import PairedTiles, Pairs, draw_batches, split
 from device import Device, is_out_of_memory
 from metrics import Metrics
 from stages import Batch, Losses, Recipe, Stage
@@ -102,7 +103,6 @@ def fit(  # noqa: PLR0912, PLR0915
         device.info(f"Left out {len(dataset.small)} images smaller than the crops: {some}")
     dataset.keep_in_memory()
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
-    samples = held_out_crops(held_out or training, recipe, device)
     target = files.weight_path(options.ckpts, stage.publishes)
     there = validate_published(stage, target, held_out, device)
     reference = measure(held_out, device, stage.reference)
@@ -124,7 +124,7 @@ def fit(  # noqa: PLR0912, PLR0915
                         device.from_first(save)
                     now = validate(stage, ema, held_out, device)
                     log.validation(now, reference)
-                    log.samples(stage, ema, samples)
+                    log.samples(stage, ema, held_out or training)
                     if done.step and stage.better(now, done.best):  # 0 is what training starts from
                         device.from_first(weights.save_network, ema, folder / "best.pth")
                         done.best, done.best_step = now, done.step
@@ -279,20 +279,6 @@ def prepare_worker(_: int) -> None:
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-
-
-def held_out_crops(pairs: Pairs, recipe: Recipe, device: Device) -> Batch | None:
-    """Returns the middles of some images as a batch on the device, to watch."""
-    items = []
-    for paths in list(pairs.values())[:SAMPLES]:
-        lr, hr = map(images.read_image, paths)
-        if min(lr.shape[:2]) >= SAMPLE_SIDE:
-            starts = [(side - SAMPLE_SIDE) // 2 for side in lr.shape[:2]]
-            area = tuple(slice(start, start + SAMPLE_SIDE) for start in starts)
-            items.append(crop_pair(lr, hr, area, recipe.edges))
-    if not items:
-        return None
-    return {key: device.send(torch.stack([item[key] for item in items])) for key in items[0]}
 
 
 # Weights --------------------------------------------------------------------------------------
@@ -461,16 +447,25 @@ class Log:
             self.scalars({f"validation/{key}": value for key, value in values.items()}, writer)
         self.restart()
 
-    @torch.no_grad()
-    def samples(self, stage: Stage, network: nn.Module, batch: Batch | None) -> None:
-        """Logs what a generator makes of a batch, side by side."""
-        if not (self.writers and batch):
+    def samples(self, stage: Stage, network: nn.Module, pairs: Pairs) -> None:
+        """Logs what a generator makes of the middles of some images, side by side."""
+        if not self.writers:
             return
-        for title, columns in stage.samples(network, batch).items():
-            rows = [each.float().cpu().expand(-1, 3, -1, -1) for each in columns]
-            grid = make_grid(torch.stack(rows, dim=1).flatten(0, 1), nrow=len(rows)).clamp(0, 1)
+        enlarger, rows = stage.enlarger(network), defaultdict(list)
+        for lr_path, hr_path in list(pairs.values())[:SAMPLES]:
+            lr = images.read_image(lr_path)
+            if min(lr.shape[:2]) < SAMPLE_SIDE:
+                continue
+            starts = [(side - SAMPLE_SIDE) // 2 for side in lr.shape[:2]]
+            area = tuple(slice(start, start + SAMPLE_SIDE) for start in starts)
+            hr = images.read_image(hr_path)[tiles.scaled(area)]
+            for title, columns in stage.samples(enlarger, lr[area], hr).items():
+                rows[title].append(np.hstack(columns))
+        for title, each in rows.items():
+            sheet = np.vstack(each)
             with self.optional():
-                self.writers[0].add_image(title, grid, self.done.step)
+                layout = "HWC" if sheet.ndim == 3 else "HW"
+                self.writers[0].add_image(title, sheet, self.done.step, dataformats=layout)
 
 
 # Interruption ---------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,12 @@ from losses import (
     edge_cross_entropy,
     feature_matching,
     generator_terms,
-    grid,
     hinge_discriminator,
     hinge_generator,
     relativistic,
+    spectral_distance,
     squared_error,
+    subpixel_means,
     vgg_state,
 )
 from metrics import ssim
@@ -123,11 +126,30 @@ def test_relativistic_loss_asks_to_look_more_real_than_the_other_side():
     assert relativistic(real, real.flip(0)) == pytest.approx(np.log(2), abs=0.3)
 
 
-def test_a_grid_of_sub_pixels_is_seen_and_texture_is_not():
+def test_spectral_distance_is_that_of_numpys_spectra():
+    sr, hr = (torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    hann = np.hanning(33)[:-1]
+    found = []
+    for row, col in itertools.product(range(0, 17, 16), range(0, 49, 16)):
+        windows = [each[..., row : row + 32, col : col + 32].numpy() for each in (sr, hr)]
+        a, b = (np.abs(np.fft.rfft2(each * np.outer(hann, hann))) / 32 for each in windows)
+        found.append(np.abs(a - b).mean())
+    assert spectral_distance(sr, hr).item() == pytest.approx(np.mean(found), rel=1e-4)
+
+
+def test_spectral_distance_sees_how_much_texture_there_is_but_not_where():
+    torch.manual_seed(0)
+    flat, texture = torch.full((1, 3, 128, 128), 0.5), 0.1 * torch.randn(1, 3, 128, 128)
+    assert spectral_distance(flat, flat) == 0
+    elsewhere = spectral_distance(flat + texture, flat + texture.roll((40, 40), (2, 3)))
+    assert elsewhere < spectral_distance(flat, flat + texture) / 1.5
+
+
+def test_subpixel_means_see_grids_and_casts_but_not_texture():
     torch.manual_seed(0)
     hr = torch.rand(2, 3, 64, 96)
     checkerboard = 0.1 * ((torch.arange(64)[:, None] + torch.arange(96)) % 2 - 0.5)
-    assert grid(hr, hr) == 0
-    assert grid(hr + 0.3, hr) < 1e-9  # a lighter image has no grid
-    assert grid(hr + checkerboard, hr) == pytest.approx(0.05**2, rel=1e-3)
-    assert grid(hr + 0.05 * torch.randn_like(hr), hr) < 0.05**2 / 50
+    assert subpixel_means(hr, hr) == 0
+    assert subpixel_means(hr + 0.3, hr) == pytest.approx(0.3**2)
+    assert subpixel_means(hr + checkerboard, hr) == pytest.approx(0.05**2, rel=1e-3)
+    assert subpixel_means(hr + 0.05 * torch.randn_like(hr), hr) < 0.05**2 / 50

@@ -302,7 +302,7 @@ def test_settings_and_samples_are_logged(trained):
     samples = seen.Images(titles[0])
     assert [sample.step for sample in samples] == [0, 8]
     side = SCALE * training.SAMPLE_SIDE
-    assert (samples[0].width, samples[0].height) == (3 * side + 8, side + 4)  # at 100 %
+    assert (samples[0].width, samples[0].height) == (3 * side, side)  # at 100 %
 
 
 def test_a_training_says_what_it_trains_on_and_what_came_of_it(given, folder, capsys):
