@@ -37,6 +37,7 @@ TRAINS = {  # stages of each command that trains
 }
 ONLY_IF_NAMED = {"EdgeModel", "SRGAN"}  # by --stage
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
+TEXTURE = 0.75  # 1 paints more, but stipples what is out of focus
 COMMANDS: dict[str, Callable[..., None]] = {}
 fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
@@ -144,7 +145,7 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
         raise UserError("--texture: is of the SRGAN; add --model srgan")
     if options.generator:
         return {options.generator: 1.0}
-    texture = 1.0 if options.texture is None else options.texture
+    texture = TEXTURE if options.texture is None else options.texture
     mixture = {"SRResNet": 1 - texture, "SRGAN": texture}
     shares = mixture if options.model == "srgan" else {MODELS[options.model]: 1.0}
     return {files.weight_path(options.ckpts, name): part for name, part in shares.items() if part}
@@ -276,7 +277,7 @@ def upscale_image(
         if target.samefile(job.source):
             raise ImageError(f"{target}: is the image itself; give another --output")
         if not options.overwrite and Stamp.read(target) != stamp:
-            raise ImageError(f"{target}: exists, of other settings; give --overwrite to replace it")
+            raise ImageError(f"{target}: exists with other settings; --overwrite replaces it")
     if existing == targets and not options.overwrite:
         return None
     photo = images.read_photo(job.source)
@@ -375,7 +376,8 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
-        add("--texture", type=fraction, help="srgan's: 0 smooth and exact, 1 rich in texture")
+        texture_help = "srgan's: 0 smooth and exact, 1 rich in texture"
+        add("--texture", type=fraction, shown=TEXTURE, help=texture_help)
         other = "weight file of another generator, instead of --model"
         add("--generator", type=console.existing_file, help=other)
         edges_help = "with HR edges, instead of predicted ones"
@@ -440,7 +442,9 @@ def run(argv: list[str]) -> None:
         COMMANDS[name].__wrapped__(parser.parse_args(rest))
     else:
         hint = console.did_you_mean(name, list(COMMANDS))
-        hint = hint or "; see --help" + f", or did you mean `upscale {name}`?" * (name[0] != "-")
+        if not hint:
+            is_path = not name.startswith("-")
+            hint = "; see --help" + f", or did you mean `upscale {name}`?" * is_path
         parser = console.Parser(None, prog="main.py")
         parser.error(f"the first argument must be a command, not {name}{hint}")
 

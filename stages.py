@@ -343,7 +343,7 @@ class SRGANModel(SRResNetModel):
 
     def build(self, options: Namespace) -> None:
         super().build(options)
-        width = self.generator.arguments["width"] // 2  # a wider one wins, and costs a third more
+        width = self.generator.arguments["width"] // 2  # a full one wins, and slows a step by 40 %
         layers = losses.RELU1_2, losses.RELU2_2, losses.RELU3_1
         self.add_discriminator(options, width, layers=layers, distance=F.l1_loss, smooth=True)
 

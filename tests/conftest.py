@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -169,6 +170,7 @@ def launched(environment: dict, log: Path, function: Callable, arguments: tuple)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a background job's: ignored
     function(*arguments)
 
 
