@@ -23,6 +23,7 @@ import console
 import files
 import metadata
 
+cv2.setNumThreads(1)  # images have threads each; a forked process could not end OpenCV's
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that is left out anyway
 PROFILE_BYTES = PngImagePlugin.MAX_TEXT_CHUNK  # more in a PNG is refused by other programs
 # The images are the user's own, however large.

@@ -16,7 +16,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -270,11 +269,10 @@ def collate(items: list[dict | Exception]) -> Batch | Exception:
 
 
 def prepare_worker(_: int) -> None:
-    """Limits a data-loading process to one thread, and has it ignore the group's Ctrl-C.
+    """Has a data-loading process ignore the group's Ctrl-C.
 
     What it prints is multiprocessing's own tracebacks: errors of tiles leave it as items.
     """
-    cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if hasattr(os, "setpgrp"):

@@ -11,6 +11,7 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -860,6 +861,19 @@ def test_a_folder_that_vanishes_is_made_again(folder, given, monkeypatch):
     monkeypatch.setattr(training, "LOG_EVERY", 1)
     fit(SRResNetModel, given(SRResNetModel, checkpoint_every=3))
     assert step(folder, SRResNetModel) == 4
+
+
+def fit_after_opencv(*arguments):
+    """Trains in a process in which OpenCV has used all of its threads, as testing may."""
+    cv2.GaussianBlur(np.zeros((4000, 4000, 3), np.uint8), (9, 9), 2)
+    fit(*arguments)
+
+
+def test_loading_processes_start_where_opencv_has_worked(given, tmp_path):
+    options = given(EdgePreModel, steps=1, workers=1)
+    training = Launched(tmp_path / "log", fit_after_opencv, EdgePreModel, options)
+    statuses, printed = training.wait(timeout=60)
+    assert statuses == [0], printed
 
 
 def test_loading_processes_that_cannot_work_are_done_without(folder, given, refused, monkeypatch):
