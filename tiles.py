@@ -196,13 +196,14 @@ def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.nd
 def _crossfade(parts: list[np.ndarray], overlap: int) -> np.ndarray:
     """Joins parts below each other, of which each shares its first `overlap` rows with the last."""
     weight = ((np.arange(overlap) + 0.5) / overlap).astype(np.float32)[:, None, None]
-    joined = parts[0]
+    done, last = [], parts[0]
     for part in parts[1:]:
-        settled, tail = np.split(joined, [len(joined) - overlap])
+        settled, tail = np.split(last, [len(last) - overlap])
         head, rest = np.split(part, [overlap])
         faded = np.rint(tail + (head.astype(np.float32) - tail) * weight).astype(part.dtype)
-        joined = np.concatenate([settled, faded, rest])
-    return joined
+        done.append(settled)
+        last = np.concatenate([faded, rest])
+    return np.concatenate([*done, last])
 
 
 # Names and folders ----------------------------------------------------------------------------
