@@ -115,7 +115,8 @@ def read_photo(path: Path) -> Photo:
             upright, icc = _to_rgb(upright, image.info.get("icc_profile"), notes)
         if orientation in TURNS:
             upright = upright.transpose(TURNS[orientation])
-        photo = Photo(np.array(upright.convert("RGB")), icc=icc, text=text, notes=notes)
+        rgb = upright.convert("RGB") if upright.mode != "RGB" else upright
+        photo = Photo(np.array(rgb), icc=icc, text=text, notes=notes)
         if upright.mode == "RGBA" and upright.getextrema()[3][0] < 255:
             photo.alpha = np.array(upright.getchannel("A"))
             _fill_hidden(photo.rgb, photo.alpha)
@@ -250,7 +251,7 @@ def _to_rgb(
         image = image.convert(image.mode.upper())
     mode, cmyk = "RGBA" if image.has_transparency_data else "RGB", image.mode == "CMYK"
     if not cmyk:
-        image = image.convert(mode)
+        image = image.convert(mode) if image.mode != mode else image  # `convert` copies
         space = icc[16:20] if icc else b"RGB "
         fits = space == b"RGB " or (space == b"GRAY" and Photo(np.asarray(image)[..., :3]).gray)
         if not icc or (fits and len(icc) <= PROFILE_BYTES):
@@ -279,17 +280,26 @@ def _fill_hidden(rgb: np.ndarray, alpha: np.ndarray) -> None:
 # Writing --------------------------------------------------------------------------------------
 
 
-def write_png(path: Path, image: np.ndarray, stamp: str = "") -> None:
+def write_png(
+    path: Path,
+    image: np.ndarray,
+    stamp: str = "",
+    exif: Image.Exif | None = None,
+    icc: bytes | None = None,
+) -> None:
     """Writes an image as PNG, by OpenCV, which is twice as fast as Pillow.
 
     Args:
-        image: `(H, W, 3)` uint8, RGB.
+        image: `(H, W, 3)` RGB or `(H, W)` grey, uint8.
         stamp: what the image was made from, in ASCII, for `read_stamp`.
+        exif, icc: as in `Photo`.
     """
-    exif = metadata.result_exif(None, image.shape[1::-1], stamp).tobytes()
-    exif = np.frombuffer(exif.removeprefix(b"Exif\0\0"), np.uint8)
-    bgr, kinds = cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMAGE_METADATA_EXIF]
-    _, png = cv2.imencodeWithMetadata(".png", bgr, kinds, [exif], FASTEST)
+    exif = metadata.result_exif(exif, image.shape[1::-1], stamp).tobytes().removeprefix(b"Exif\0\0")
+    given = {cv2.IMAGE_METADATA_EXIF: exif, cv2.IMAGE_METADATA_ICCP: icc}
+    given = {kind: np.frombuffer(data, np.uint8) for kind, data in given.items() if data}
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    _, png = cv2.imencodeWithMetadata(".png", image, list(given), list(given.values()), FASTEST)
     with files.replacing(path) as temporary:
         temporary.write_bytes(png)
 
@@ -311,29 +321,29 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         ImageError: the image is too large for the format.
     """
     file_format, options = RESULTS[path.suffix.lower()]
-    image = _with_channels(sr, photo, on_white=file_format == "JPEG")
-    if max(image.size) > LONGEST.get(file_format, math.inf):
-        width, height = image.size
+    height, width = sr.shape[:2]
+    if max(height, width) > LONGEST.get(file_format, math.inf):
         raise console.ImageError(f"{path}: {width}x{height} pixels are too many; take .png")
+    if photo.gray and (photo.icc or b"")[16:20] != b"RGB ":
+        sr = np.ascontiguousarray(sr[..., 0])
+    only_pillow = photo.alpha is not None or photo.xmp or photo.text or photo.dpi
+    if file_format == "PNG" and not only_pillow:
+        write_png(path, sr, stamp, photo.exif, photo.icc)
+        return []
+    image = _with_alpha(Image.fromarray(sr), photo.alpha, on_white=file_format == "JPEG")
     carried, notes = _carried(file_format, image, photo, stamp)
     with files.replacing(path) as temporary:
         image.save(temporary, file_format, **options, **carried)
     return notes
 
 
-def _with_channels(sr: np.ndarray, photo: Photo, on_white: bool) -> Image.Image:
-    """Returns a result with the channels that the photo had: grey or RGB, and alpha."""
-    image = Image.fromarray(sr)
-    if photo.gray:
-        image = image.convert("L")
-        if photo.icc and photo.icc[16:20] == b"RGB ":
-            image = image.convert("RGB")
-    if photo.alpha is None:
-        return image
-    alpha = Image.fromarray(photo.alpha).resize(image.size, Image.Resampling.BICUBIC)
-    if on_white:
-        return Image.composite(image, Image.new(image.mode, image.size, "white"), alpha)
-    image.putalpha(alpha)
+def _with_alpha(image: Image.Image, alpha: np.ndarray | None, on_white: bool) -> Image.Image:
+    """Returns a result with an LR image's alpha, enlarged, or on white instead."""
+    if alpha is not None:
+        enlarged = Image.fromarray(alpha).resize(image.size, Image.Resampling.BICUBIC)
+        if on_white:
+            return Image.composite(image, Image.new(image.mode, image.size, "white"), enlarged)
+        image.putalpha(enlarged)
     return image
 
 

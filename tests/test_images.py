@@ -728,6 +728,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch, suffix):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(console.StorageError, match=f"{tmp_path}.*space"):
         write_image(tmp_path / f"a{suffix}", enlarged(Photo(PHOTO)), Photo(PHOTO))
 
