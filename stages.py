@@ -7,10 +7,9 @@ in, `PreModel` the whole, `SRModel` with all losses and the discriminator (SRGAN
 `SRGANModel` trains the SRResNet for texture (ESRGAN).
 """
 
-import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -171,18 +170,10 @@ def judge(
     gradient reaches the generator, through the other none reaches the discriminator's weights.
     """
     on_real, on_detached = (discriminator(*condition, each) for each in (real, made.detach()))
-    with frozen(discriminator):
-        return on_real, on_detached, discriminator(*condition, made)
-
-
-@contextlib.contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Lets gradients pass through a network without reaching its weights."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
+    discriminator.requires_grad_(False)
+    on_made = discriminator(*condition, made)
+    discriminator.requires_grad_(True)
+    return on_real, on_detached, on_made
 
 
 def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
