@@ -76,15 +76,12 @@ class Stage:
 
     recipe: Recipe
     name: ClassVar[str]  # of its runs
-    publishes: ClassVar[str] = ""  # name of its weights, mostly its own
+    publishes: ClassVar[str]  # name of its weights, mostly its own
     starts_from: ClassVar[str] = ""  # name of the weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
     best_by: ClassVar[str]  # validation metric by which weights are the best
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
     newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
-
-    def __init_subclass__(cls) -> None:
-        cls.publishes = cls.__dict__.get("publishes", getattr(cls, "name", ""))
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         self.recipe, self.device = recipe, device
@@ -232,7 +229,7 @@ def edge_samples(enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
 class EdgeModel(EdgePreModel):
     """The edge generator against its discriminator, as Edge-Informed SISR trains it."""
 
-    name = "EdgeModel"
+    name = publishes = "EdgeModel"
     starts_from = "EdgeModel"
     recipe = Recipe(
         steps=20_000, crops=(64, 64), learning_rate=1e-4, betas=(0.0, 0.9), schedule=halving
@@ -317,7 +314,7 @@ def with_true_edges(enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.nd
 class SRResNetModel(ImageStage):
     """The HR generator without edges, which is the SRResNet of Ledig et al."""
 
-    name = "SRResNet"
+    name = publishes = "SRResNet"
     recipe = Recipe(steps=20_000, crops=(24, 24), batch_size=16, edges=())
 
     def build(self, options: Namespace) -> None:
@@ -327,7 +324,7 @@ class SRResNetModel(ImageStage):
 class SRGANModel(SRResNetModel):
     """The SRResNet against the discriminator, by ESRGAN's losses: it paints texture."""
 
-    name = "SRGAN"
+    name = publishes = "SRGAN"
     starts_from = "SRResNet"
     newest_is_best = True
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
@@ -364,7 +361,7 @@ class SRGANModel(SRResNetModel):
 class EdgeStageModel(ImageStage):
     """The edge stage alone, on ground-truth edges, after the trained trunk, which is frozen."""
 
-    name = "EdgeStageModel"
+    name = publishes = "EdgeStageModel"
     starts_from = "SRResNet"
     recipe = Recipe(steps=2_000, crops=(24, 24), learning_rate=5e-4, jpeg=0.0, edges=("hr",))
 
@@ -396,7 +393,7 @@ class PreModel(ImageStage):
     Given crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
     """
 
-    name = "PreModel"
+    name = publishes = "PreModel"
     starts_from = "EdgeStageModel"
     needs = ("EdgeModel",)
     recipe = Recipe(steps=6_000, crops=(24, 24), trunk_rate=0.5, true_edges=0.5)
@@ -449,7 +446,7 @@ class PreModel(ImageStage):
 class SRModel(PreModel):
     """The whole HR generator with all of Edge.SRGAN's losses, against its discriminator."""
 
-    name = "SRModel"
+    name = publishes = "SRModel"
     starts_from = "PreModel"
     newest_is_best = True
     recipe = Recipe(
