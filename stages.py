@@ -416,15 +416,10 @@ class PreModel(ImageStage):
         ]
 
     @torch.no_grad()
-    def predict(self, lr: Tensor, lr_edges: Tensor) -> Tensor:
-        """Returns HR edges (N, 1, 4H, 4W) in [0, 1], float32."""
-        with self.device.autocast():
-            return self.edge_predictor(lr, lr_edges)
-
     def hr_edges(self, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
         count = math.ceil(self.recipe.true_edges * len(batch["lr"]))
-        predicted = self.predict(batch["lr"][count:], batch["lr_edges"][count:])
+        predicted = self.edge_predictor(batch["lr"][count:], batch["lr_edges"][count:])
         return torch.cat([batch["hr_edges"][:count], predicted])
 
     def generate(self, batch: Batch) -> Tensor:
