@@ -77,6 +77,7 @@ class Stage:
     recipe: Recipe
     name: ClassVar[str]  # of its runs
     publishes: ClassVar[str]  # name of its weights, mostly its own
+    kinds: ClassVar[tuple[type[nn.Module], ...]]  # of generator to start from; the first if none
     starts_from: ClassVar[str] = ""  # name of the weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
     best_by: ClassVar[str]  # validation metric by which weights are the best
@@ -84,11 +85,6 @@ class Stage:
     newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        self.recipe, self.device = recipe, device
-        self.networks: dict[str, nn.Module] = {}
-        self.build(options)
-
-    def build(self, options: Namespace) -> None:
         """Makes the networks, from the weights they start from.
 
         Args:
@@ -97,19 +93,19 @@ class Stage:
         Raises:
             UserError: a file to start from is missing or does not fit.
         """
-        raise NotImplementedError
+        self.recipe, self.device = recipe, device
+        self.networks: dict[str, nn.Module] = {}
+        self.generator = self.add("gen", self.start(options))
 
     def load(self, path: Path, *kinds: type[nn.Module]) -> nn.Module:
         """Returns the network in a weight file, which the first process reads for all."""
         return weights.build_network(self.device.from_first(weights.load_state, path), path, *kinds)
 
-    def start(self, options: Namespace, *kinds: type[nn.Module]) -> nn.Module:
+    def start(self, options: Namespace) -> nn.Module:
         """Returns the generator that training starts from, a new one where there is none."""
-        if options.init:
-            return self.load(options.init, *kinds)
-        if self.starts_from:
-            return self.load(files.weight_path(options.ckpts, self.starts_from), *kinds)
-        return kinds[0]()
+        weights_of = self.starts_from
+        path = options.init or (weights_of and files.weight_path(options.ckpts, weights_of))
+        return self.load(path, *self.kinds) if path else self.kinds[0]()
 
     def add(self, key: str, network: nn.Module) -> nn.Module:
         """Makes a network one of the stage's own; returns it."""
@@ -186,10 +182,8 @@ class EdgePreModel(Stage):
 
     name, publishes = "EdgePreModel", "EdgeModel"
     recipe = Recipe(steps=5_000, crops=(32, 32))
+    kinds = (EdgeGenerator,)
     best_by, compared_with = "F1", "edges of LR"
-
-    def build(self, options: Namespace) -> None:
-        self.generator = self.add("gen", self.start(options, EdgeGenerator))
 
     def logits(self, batch: Batch) -> Tensor:
         """Returns the logits of HR edges, (N, 1, 4H, 4W), float32."""
@@ -235,8 +229,8 @@ class EdgeModel(EdgePreModel):
         steps=20_000, crops=(64, 64), learning_rate=1e-4, betas=(0.0, 0.9), schedule=halving
     )
 
-    def build(self, options: Namespace) -> None:
-        super().build(options)
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
         width = self.generator.arguments["width"]
         self.discriminator = self.add("dis", EdgeDiscriminator(width))
 
@@ -260,7 +254,6 @@ class EdgeModel(EdgePreModel):
 class ImageStage(Stage):
     """A stage of the HR generator, on squared error unless it says otherwise."""
 
-    generator: nn.Module
     best_by = "SSIM"
 
     def add_discriminator(self, options: Namespace, width: int, **perceptual: object) -> None:
@@ -315,10 +308,8 @@ class SRResNetModel(ImageStage):
     """The HR generator without edges, which is the SRResNet of Ledig et al."""
 
     name = publishes = "SRResNet"
+    kinds = (SRResNet,)
     recipe = Recipe(steps=20_000, crops=(24, 24), batch_size=16, edges=())
-
-    def build(self, options: Namespace) -> None:
-        self.generator = self.add("gen", self.start(options, SRResNet))
 
 
 class SRGANModel(SRResNetModel):
@@ -329,8 +320,8 @@ class SRGANModel(SRResNetModel):
     newest_is_best = True
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
-    def build(self, options: Namespace) -> None:
-        super().build(options)
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
         width = self.generator.arguments["width"] // 2  # a full one wins, and slows a step by 40 %
         layers = losses.RELU1_2, losses.RELU2_2, losses.RELU3_1
         self.add_discriminator(options, width, layers=layers, distance=F.l1_loss, smooth=True)
@@ -362,16 +353,18 @@ class EdgeStageModel(ImageStage):
     """The edge stage alone, on ground-truth edges, after the trained trunk, which is frozen."""
 
     name = publishes = "EdgeStageModel"
+    kinds = SRResNet, Generator
     starts_from = "SRResNet"
     recipe = Recipe(steps=2_000, crops=(24, 24), learning_rate=5e-4, jpeg=0.0, edges=("hr",))
 
-    def build(self, options: Namespace) -> None:
-        network = self.start(options, SRResNet, Generator)
-        if not isinstance(network, Generator):
-            network = Generator.from_trunk(network)
-        self.generator = self.add("gen", network)
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
         for module in trunk(self.generator):
             module.requires_grad_(False).eval()
+
+    def start(self, options: Namespace) -> nn.Module:
+        network = super().start(options)
+        return network if isinstance(network, Generator) else Generator.from_trunk(network)
 
     def generate(self, batch: Batch) -> Tensor:
         with self.device.autocast():
@@ -395,11 +388,12 @@ class PreModel(ImageStage):
 
     name = publishes = "PreModel"
     starts_from = "EdgeStageModel"
+    kinds = (Generator,)
     needs = ("EdgeModel",)
     recipe = Recipe(steps=6_000, crops=(24, 24), trunk_rate=0.5, true_edges=0.5)
 
-    def build(self, options: Namespace) -> None:
-        self.generator = self.add("gen", self.start(options, Generator))
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
         path = files.weight_path(options.ckpts, "EdgeModel")
         self.edge_generator = self.load(path, EdgeGenerator)
         self.edge_predictor = for_inference(self.edge_generator, self.device)
@@ -456,8 +450,8 @@ class SRModel(PreModel):
         true_edges=0.5,
     )
 
-    def build(self, options: Namespace) -> None:
-        super().build(options)
+    def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
+        super().__init__(recipe, options, device)
         self.add_discriminator(options, self.generator.arguments["width"])
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
