@@ -72,7 +72,10 @@ class Recipe:
 
 
 class Stage:
-    """What one stage trains: its networks, `gen` and perhaps `dis`, on the device."""
+    """What one stage trains: its networks, `gen` and perhaps `dis`, on the device.
+
+    The HR generator, without edges, on squared error unless a stage says otherwise.
+    """
 
     recipe: Recipe
     name: ClassVar[str]  # of its runs
@@ -80,9 +83,10 @@ class Stage:
     kinds: ClassVar[tuple[type[nn.Module], ...]]  # of generator to start from; the first if none
     starts_from: ClassVar[str] = ""  # name of the weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
-    best_by: ClassVar[str]  # validation metric by which weights are the best
+    best_by: ClassVar[str] = "SSIM"  # validation metric by which weights are the best
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
     newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
+    edge_generator: EdgeGenerator | None = None  # that predicts the edges to validate with
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         """Makes the networks, from the weights they start from.
@@ -123,35 +127,61 @@ class Stage:
         trained = [each for each in self.networks[key].parameters() if each.requires_grad]
         return [{"params": trained, "factor": 1.0}]
 
+    def add_discriminator(self, options: Namespace, width: int, **perceptual: object) -> None:
+        """Adds a discriminator, and the perceptual loss with arguments of its own."""
+        self.discriminator = self.add("dis", Discriminator(width))
+        state = self.device.from_first(losses.vgg_state, options.vgg)
+        self.perceptual = self.device.place(losses.PerceptualLoss(state, **perceptual))
+
+    def answers(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the discriminator's logits, see `judge`, and the perceptual loss, float32."""
+        with self.device.autocast():
+            return *judge(self.discriminator, hr, sr), self.perceptual(sr, hr)
+
+    def generate(self, batch: Batch) -> Tensor:
+        """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
+        with self.device.autocast():
+            return self.generator(batch["lr"])
+
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         """Returns the weighted terms of each network's loss, and scalars to log.
 
         Args:
             batch: of `PairedTiles`, on the device, images and edges float in [0, 1].
         """
-        raise NotImplementedError
+        sr = self.generate(batch)
+        return {"gen": {"mse": losses.squared_error(sr, batch["hr"])}}, {}
 
     def enlarger(self, network: nn.Module) -> Enlarger:
         """Returns what makes whole images with a generator, to validate it."""
-        raise NotImplementedError
+        return Enlarger(network, self.edge_generator, self.device)
+
+    def enlarge(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
+        """Returns the HR image of an LR image, with the edges that the stage trains for."""
+        return enlarger(lr)
+
+    def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
+        """Returns the metrics of an image, `(4H, 4W, 3)` uint8."""
+        return metrics.compare(sr, hr, self.device)
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns a generator's metrics for one LR and HR image, uint8."""
-        raise NotImplementedError
+        return self.compare(self.enlarge(enlarger, lr, hr), hr)
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics to beat: those of the LR image, or its edges, enlarged plainly."""
-        raise NotImplementedError
+        return self.compare(images.bicubic(lr, SCALE), hr)
+
+    def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
+        """Returns what to look at of one LR and HR image."""
+        columns = [images.repeat(lr, SCALE), self.enlarge(enlarger, lr, hr), hr]
+        return {"LR, generated, HR": columns}
 
     def better(self, found: Metrics, than: Metrics) -> bool:
         """Returns whether weights replace others, by the metrics of both; {} is the worst."""
         if self.newest_is_best:
             return bool(found)
         return found.get(self.best_by, -math.inf) > than.get(self.best_by, -math.inf)
-
-    def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-        """Returns what to look at of one LR and HR image."""
-        raise NotImplementedError
 
 
 def judge(
@@ -251,60 +281,13 @@ class EdgeModel(EdgePreModel):
 # The HR generator -----------------------------------------------------------------------------
 
 
-class ImageStage(Stage):
-    """A stage of the HR generator, on squared error unless it says otherwise."""
-
-    best_by = "SSIM"
-
-    def add_discriminator(self, options: Namespace, width: int, **perceptual: object) -> None:
-        """Adds a discriminator, and the perceptual loss with arguments of its own."""
-        self.discriminator = self.add("dis", Discriminator(width))
-        state = self.device.from_first(losses.vgg_state, options.vgg)
-        self.perceptual = self.device.place(losses.PerceptualLoss(state, **perceptual))
-
-    def answers(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the discriminator's logits, see `judge`, and the perceptual loss, float32."""
-        with self.device.autocast():
-            return *judge(self.discriminator, hr, sr), self.perceptual(sr, hr)
-
-    def generate(self, batch: Batch) -> Tensor:
-        """Returns HR images (N, 3, 4H, 4W) in [0, 1], float32."""
-        with self.device.autocast():
-            return self.generator(batch["lr"])
-
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
-        sr = self.generate(batch)
-        return {"gen": {"mse": losses.squared_error(sr, batch["hr"])}}, {}
-
-    def enlarger(self, network: nn.Module) -> Enlarger:
-        return Enlarger(network, None, self.device)
-
-    def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
-        """Returns the metrics of an image, `(4H, 4W, 3)` uint8."""
-        return metrics.compare(sr, hr, self.device)
-
-    def enlarge(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
-        """Returns the HR image of an LR image, with the edges that the stage trains for."""
-        return enlarger(lr)
-
-    def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return self.compare(self.enlarge(enlarger, lr, hr), hr)
-
-    def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        return self.compare(images.bicubic(lr, SCALE), hr)
-
-    def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-        columns = [images.repeat(lr, SCALE), self.enlarge(enlarger, lr, hr), hr]
-        return {"LR, generated, HR": columns}
-
-
 def with_true_edges(enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     """Returns the HR image that is made with the ground truth's edges."""
     height, width = (SCALE * side for side in lr.shape[:2])
     return enlarger(lr, images.canny(hr[:height, :width]))
 
 
-class SRResNetModel(ImageStage):
+class SRResNetModel(Stage):
     """The HR generator without edges, which is the SRResNet of Ledig et al."""
 
     name = publishes = "SRResNet"
@@ -349,7 +332,7 @@ class SRGANModel(SRResNetModel):
         return super().compare(sr, hr) | {"VGG19 distance": distance}
 
 
-class EdgeStageModel(ImageStage):
+class EdgeStageModel(Stage):
     """The edge stage alone, on ground-truth edges, after the trained trunk, which is frozen."""
 
     name = publishes = "EdgeStageModel"
@@ -380,7 +363,7 @@ def trunk(generator: Generator) -> list[nn.Module]:
     return [module for module in generator.children() if module not in edge_stage]
 
 
-class PreModel(ImageStage):
+class PreModel(Stage):
     """The whole HR generator on squared error, half of every batch with ground-truth edges.
 
     Given crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
