@@ -86,6 +86,7 @@ class Stage:
     best_by: ClassVar[str] = "SSIM"  # validation metric by which weights are the best
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
     newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
+    judge_rate: ClassVar[float] = 1.0  # discriminator's learning rate relative to the generator's
     edge_generator: EdgeGenerator | None = None  # that predicts the edges to validate with
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
@@ -125,7 +126,7 @@ class Stage:
     def parameter_groups(self, key: str) -> list[dict]:
         """Returns a network's groups for Adam, each with its `factor` of the learning rate."""
         trained = [each for each in self.networks[key].parameters() if each.requires_grad]
-        return [{"params": trained, "factor": 1.0}]
+        return [{"params": trained, "factor": self.judge_rate if key == "dis" else 1.0}]
 
     def add_discriminator(self, options: Namespace, width: int, **perceptual: object) -> None:
         """Adds a discriminator, and the perceptual loss with arguments of its own."""
@@ -301,6 +302,9 @@ class SRGANModel(SRResNetModel):
     name = publishes = "SRGAN"
     starts_from = "SRResNet"
     newest_is_best = True
+    # Else it never sees what the generator paints (Heusel et al., Two Time-Scale Update Rule,
+    # arXiv 1706.08500).
+    judge_rate = 2.0
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
@@ -308,13 +312,6 @@ class SRGANModel(SRResNetModel):
         width = self.generator.arguments["width"] // 2  # a full one wins, and slows a step by 40 %
         layers = losses.RELU1_2, losses.RELU2_2, losses.RELU3_1
         self.add_discriminator(options, width, layers=layers, distance=F.l1_loss, smooth=True)
-
-    def parameter_groups(self, key: str) -> list[dict]:
-        """Returns a network's groups for Adam: the discriminator learns the faster (Heusel et al.,
-        Two Time-Scale Update Rule, arXiv 1706.08500), or it never sees what the generator paints.
-        """
-        (group,) = super().parameter_groups(key)
-        return [group | {"factor": 2.0 if key == "dis" else 1.0}]
 
     def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
         hr = batch["hr"]
@@ -382,15 +379,13 @@ class PreModel(Stage):
         self.edge_predictor = for_inference(self.edge_generator, self.device)
 
     def parameter_groups(self, key: str) -> list[dict]:
+        (group,) = super().parameter_groups(key)
         if key != "gen" or self.recipe.trunk_rate == 1:
-            return super().parameter_groups(key)
+            return [group]
         slower = [p for module in trunk(self.generator) for p in module.parameters()]
-        known = set(map(id, slower))
-        rest = [p for p in self.generator.parameters() if id(p) not in known]
-        return [
-            {"params": rest, "factor": 1.0},
-            {"params": slower, "factor": self.recipe.trunk_rate},
-        ]
+        known = set(slower)
+        rest = [p for p in group["params"] if p not in known]
+        return [group | {"params": rest}, {"params": slower, "factor": self.recipe.trunk_rate}]
 
     @torch.no_grad()
     def hr_edges(self, batch: Batch) -> Tensor:
