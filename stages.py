@@ -174,9 +174,15 @@ class Stage:
         return self.compare(images.bicubic(lr, SCALE), hr)
 
     def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-        """Returns what to look at of one LR and HR image."""
-        columns = [images.repeat(lr, SCALE), self.enlarge(enlarger, lr, hr), hr]
-        return {"LR, generated, HR": columns}
+        """Returns what to look at of one LR and HR image: the image, the edges, or both."""
+        found = {}
+        if enlarger.generator:
+            columns = [images.repeat(lr, SCALE), self.enlarge(enlarger, lr, hr), hr]
+            found["LR, generated, HR"] = columns
+        if enlarger.edge_generator:
+            plain, true = images.repeat(images.canny(lr), SCALE), images.canny(hr)
+            found["edges of LR, predicted, of HR"] = [plain, enlarger.predict_edges(lr), true]
+        return found
 
     def better(self, found: Metrics, than: Metrics) -> bool:
         """Returns whether weights replace others, by the metrics of both; {} is the worst."""
@@ -240,15 +246,6 @@ class EdgePreModel(Stage):
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         enlarged = images.repeat(images.canny(lr), SCALE)
         return metrics.compare_edges(enlarged, images.canny(hr), self.device)
-
-    def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-        return edge_samples(enlarger, lr, hr)
-
-
-def edge_samples(enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-    """Returns edges to look at of one LR and HR image, see `Stage.samples`."""
-    columns = [images.repeat(images.canny(lr), SCALE), enlarger.predict_edges(lr), images.canny(hr)]
-    return {"edges of LR, predicted, of HR": columns}
 
 
 class EdgeModel(EdgePreModel):
@@ -405,9 +402,6 @@ class PreModel(Stage):
         found = super().validate(enlarger, lr, hr)
         true = self.compare(with_true_edges(enlarger, lr, hr), hr)
         return found | {f"{key} true edges": true[key] for key in ("PSNR", "SSIM")}
-
-    def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-        return super().samples(enlarger, lr, hr) | edge_samples(enlarger, lr, hr)
 
 
 class SRModel(PreModel):
