@@ -149,11 +149,11 @@ def fit(  # noqa: PLR0912, PLR0915
                 for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
                     all_terms, scalars = stage.losses(batch)
-                    totals = {key: sum(terms.values()) for key, terms in all_terms.items()}
-                    for total in totals.values():
-                        (total / recipe.accumulate).backward()
-                        loss_sum += total.detach()
-                    log.count(all_terms, totals, scalars, len(batch["lr"]))
+                    for terms in all_terms.values():
+                        terms["sum"] = sum(terms.values())
+                        (terms["sum"] / recipe.accumulate).backward()
+                        loss_sum += terms["sum"].detach()
+                    log.count(all_terms, scalars, len(batch["lr"]))
                 device.average_gradients(networks.values())
                 consistent = False
                 for optimizer in optimizers.values():
@@ -405,19 +405,12 @@ class Log:
         self.sums: dict[str, Tensor] = {}
         self.batches, self.crops, self.since = 0, 0, time.monotonic()
 
-    def count(
-        self,
-        all_terms: Losses,
-        totals: dict[str, Tensor],
-        scalars: dict[str, Tensor],
-        crops: int,
-    ) -> None:
+    def count(self, all_terms: Losses, scalars: dict[str, Tensor], crops: int) -> None:
         """Adds a batch's losses without waiting for the device."""
         values = {
             f"loss {key}/{term}": v for key, ts in all_terms.items() for term, v in ts.items()
         }
-        values |= {f"loss {key}/sum": total for key, total in totals.items()} | scalars
-        for key, value in values.items():
+        for key, value in (values | scalars).items():
             self.sums[key] = self.sums.get(key, 0) + value.detach()
         self.batches += 1
         self.crops += crops
