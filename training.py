@@ -313,16 +313,10 @@ def validate(stage: Stage, network: nn.Module, held_out: Pairs, device: Device) 
 
 def validate_published(stage: Stage, target: Path, held_out: Pairs, device: Device) -> Metrics:
     """Returns the metrics of the weights that a training is about to replace, {} without any."""
-
-    def read() -> dict:
-        with contextlib.suppress(UserError):
-            return weights.load_state(target)
-        return {}
-
-    with contextlib.suppress(UserError):  # weights of another network, or none that compute
-        if held_out and (state := device.from_first(read)):
-            network = weights.build_network(state, target, type(stage.networks["gen"]))
-            return validate(stage, network, held_out, device)
+    # There are none, they are of another network, or do not compute. Where the first process cannot
+    # read them, the others exit.
+    with contextlib.suppress(UserError, SystemExit):
+        return validate(stage, stage.load(target, type(stage.generator)), held_out, device)
     return {}
 
 
