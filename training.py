@@ -201,13 +201,8 @@ def fit(  # noqa: PLR0912, PLR0915
 
 def choose_recipe(recipe: Recipe, options: Namespace) -> Recipe:
     """Returns the recipe with what the command line gives in place of its own values."""
-    given = {
-        "steps": options.steps,
-        "crops": options.crop and (options.crop, options.crop),
-        "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
-        "jpeg": options.jpeg,
-    }
+    given = {key: vars(options)[key] for key in ("steps", "batch_size", "learning_rate", "jpeg")}
+    given["crops"] = options.crop and (options.crop, options.crop)
     return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
 
