@@ -122,7 +122,7 @@ def fit(  # noqa: PLR0912, PLR0915
                     if done.step:
                         device.from_first(save)
                     now = validate(stage, ema, held_out, device)
-                    log.validation(now, reference)
+                    log.scalars("validation/", now, reference)
                     log.samples(stage, ema, held_out or training)
                     if done.step and stage.better(now, done.best):  # 0 is what training starts from
                         device.from_first(weights.save_network, ema, folder / "best.pth")
@@ -340,7 +340,7 @@ def measure(
 # Log ------------------------------------------------------------------------------------------
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """Progress bar and TensorBoard curves of a training; both in the first process only.
 
     What the stage is compared with is a run of its own, a flat line in the same charts. Where
@@ -364,9 +364,6 @@ class Log:
                 rows = [f"| {key} | {str(value)[:200]} |" for key, value in settings.items()]
                 table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
                 self.writers[0].add_text("settings", table)
-
-    def __enter__(self) -> "Log":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
@@ -408,23 +405,17 @@ class Log:
         """Logs the means since the last call."""
         means = {key: float(value) / self.batches for key, value in self.sums.items()}
         speed = self.crops * self.device.world / (time.monotonic() - self.since)
-        self.scalars(means | {"speed/crops per second": speed, "learning rate": rate})
+        self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         text = " ".join(f"{key} {value:.4f}" for key, value in sums.items())
         self.bar.set_postfix_str(text, refresh=False)  # else every time a line in a log file
-        self.restart()
 
-    def scalars(self, values: Metrics, writer: int = 0) -> None:
-        """Logs values at the present step."""
+    def scalars(self, title: str, *values: Metrics) -> None:
+        """Logs values at the present step and, in the same charts, those to beat; restarts."""
         with self.optional():
-            for each in self.writers[writer : writer + 1]:
-                for key, value in values.items():
-                    each.add_scalar(key, value, self.done.step)
-
-    def validation(self, found: Metrics, reference: Metrics) -> None:
-        """Logs validation metrics and, in the same charts, those to beat."""
-        for writer, values in enumerate((found, reference)):
-            self.scalars({f"validation/{key}": value for key, value in values.items()}, writer)
+            for writer, each in zip(self.writers, values, strict=False):
+                for key, value in each.items():
+                    writer.add_scalar(f"{title}{key}", value, self.done.step)
         self.restart()
 
     def samples(self, stage: Stage, network: nn.Module, pairs: Pairs) -> None:
