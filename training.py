@@ -107,7 +107,6 @@ def fit(  # noqa: PLR0912, PLR0915
     reference = measure(held_out, device, stage.reference)
 
     # Train
-    one_shape = recipe.crops[0] == recipe.crops[1]
     saved, loss_sum = time.monotonic(), torch.zeros((), device=device.torch_device)
     problems: list[Exception] = []
     consistent = True  # not amid the updates of a step
@@ -144,7 +143,7 @@ def fit(  # noqa: PLR0912, PLR0915
                 # Step
                 if done.step >= recipe.live_norms * recipe.steps:
                     stage.freeze_norms()
-                device.tune_kernels(one_shape)  # validation has set it otherwise
+                device.tune_kernels(len(set(recipe.crops)) == 1)  # validation has set it otherwise
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
                 for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
@@ -433,10 +432,9 @@ class Log(contextlib.AbstractContextManager):
             for title, columns in stage.samples(enlarger, lr[area], hr).items():
                 rows[title].append(np.hstack(columns))
         for title, each in rows.items():
-            sheet = np.vstack(each)
+            sheet = np.atleast_3d(np.vstack(each))
             with self.optional():
-                layout = "HWC" if sheet.ndim == 3 else "HW"
-                self.writers[0].add_image(title, sheet, self.done.step, dataformats=layout)
+                self.writers[0].add_image(title, sheet, self.done.step, dataformats="HWC")
 
 
 # Interruption ---------------------------------------------------------------------------------
