@@ -1,11 +1,11 @@
 """The one loop over images that every command shares, and what each result was made from."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,66 +62,53 @@ def for_each(
         StorageError: nothing can be written.
     """
     rank, world = (device.rank, device.world) if device else (0, 1)
-    report, waiting = Report(), deque[tuple[Job, Future]]()
+    start, counts, waiting = time.monotonic(), Counter(), deque[tuple[Job, Future]]()
     for problem in problems if rank == 0 else ():
-        report.skip(problem)
+        skip(problem, counts)
     mine, title = jobs[rank::world], f"{done.partition(' ')[0].removesuffix('ed')}ing"
     bar = console.progress(total=len(mine), desc=title, bar_format=BAR, disable=not mine)
     with bar, ThreadPoolExecutor(threads) as pool:
         try:
             for number, job in enumerate(mine, start=1):
-                with report.one_image(job):
+                with one_image(job, counts):
                     if finish := work(job, bar.update):
                         waiting.append((job, pool.submit(finish)))
                     else:
-                        report.current += 1
+                        counts["up to date"] += 1
                 while len(waiting) > (threads if number < len(mine) else 0):
                     finished, future = waiting.popleft()
-                    with report.one_image(finished):
+                    with one_image(finished, counts):
                         for note in future.result() or ():
                             console.warn(f"{finished.source}: {note}")
-                        report.made += 1
+                        counts["made"] += 1
                 bar.update(number - bar.n)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    report.print(done, where, device)
+    total = sum(device.gather([counts]) if device else [counts], Counter())
+    parts = [f"{done} {total['made']} image{'s' * (total['made'] != 1)}"]
+    parts += [f"{total[key]} {key}" for key in ("up to date", "skipped") if total[key]]
+    parts.append(f"in {console.duration(start)}")
+    report = ", ".join(parts) + f": {where}" * (total["made"] + total["up to date"] > 0)
+    if rank == 0:
+        (console.warn_incomplete if total["skipped"] else console.info)(report)
 
 
-@dataclass
-class Report:
-    """How many images one process made, found up to date, and skipped."""
+@contextmanager
+def one_image(job: Job, counts: Counter) -> Iterator[None]:
+    """Skips the image if what is done within fails, for the next one may do well."""
+    try:
+        yield
+    except (ImageError, OSError, MemoryError) as error:
+        text = console.one_line(error)
+        named = isinstance(error, ImageError) or getattr(error, "filename", None)
+        skip(text if named or str(job.source) in text else f"{job.source}: {text}", counts)
 
-    made: int = 0
-    current: int = 0
-    skipped: int = 0
-    start: float = field(default_factory=time.monotonic)
 
-    def skip(self, problem: str) -> None:
-        """Counts and names an image that is skipped."""
-        self.skipped += 1
-        console.warn(f"Skipped {problem}")
-
-    @contextmanager
-    def one_image(self, job: Job) -> Iterator[None]:
-        """Skips the image if what is done within fails, for the next one may do well."""
-        try:
-            yield
-        except (ImageError, OSError, MemoryError) as error:
-            text = console.one_line(error)
-            named = isinstance(error, ImageError) or getattr(error, "filename", None)
-            self.skip(text if named or str(job.source) in text else f"{job.source}: {text}")
-
-    def print(self, done: str, where: Path | str, device: "Device | None") -> None:
-        """Prints one line for all processes."""
-        counts = [[self.made, self.current, self.skipped]]
-        gathered = device.gather(counts) if device else counts
-        made, current, skipped = map(sum, zip(*gathered, strict=True))
-        text = f"{done} {made} image{'s' * (made != 1)}"
-        text += f", {current} up to date" * (current > 0) + f", {skipped} skipped" * (skipped > 0)
-        text += f", in {console.duration(self.start)}" + f": {where}" * (made + current > 0)
-        if not (device and device.rank):
-            (console.warn_incomplete if skipped else console.info)(text)
+def skip(problem: str, counts: Counter) -> None:
+    """Counts and names an image that is skipped."""
+    counts["skipped"] += 1
+    console.warn(f"Skipped {problem}")
 
 
 # What results were made from ------------------------------------------------------------------
