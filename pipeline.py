@@ -221,30 +221,27 @@ def upscale_jobs(
     """
     sources, problems = [], []  # each image with the folder below which it was found
     for path in given:
-        found, base = sorted(map(Path, glob(str(path)))), None
-        if path.is_dir():
-            found, base = tiles.walk(path, recursive), path
-        elif path.exists() or not found:
+        is_folder, named = path.is_dir(), sorted(map(Path, glob(str(path))))
+        if not is_folder and (path.exists() or not named):
             sources.append((path, path.parent))
             continue
-        found, foreign = tiles.select_images(found)
+        found, foreign = tiles.select_images(tiles.walk(path, recursive) if is_folder else named)
         found = [image for image in found if not Stamp.read(image).weights]  # no results of ours
-        sources += [(image, base or image.parent) for image in found]
+        sources += [(image, path if is_folder else image.parent) for image in found]
         problems += foreign
     if not sources and not problems:
         where = ", ".join(map(str, given))
         raise UserError(f"{where}: no images but earlier results; give --recursive for sub-folders")
-    if output and output.suffix and not output.is_dir():
-        if len(sources) > 1 or output.suffix.lower() not in images.RESULTS:
-            raise UserError(
-                f"--output {output}: looks like a file, which takes one image and one of"
-                f" {', '.join(images.RESULTS)}; if it is a folder, create it first"
-            )
-        return [Job("", source, output) for source, _ in sources], problems
+    is_file = output and output.suffix and not output.is_dir()
+    if is_file and (len(sources) > 1 or output.suffix.lower() not in images.RESULTS):
+        raise UserError(
+            f"--output {output}: looks like a file, which takes one image and one of"
+            f" {', '.join(images.RESULTS)}; if it is a folder, create it first"
+        )
     jobs: dict[Path, Job] = {}  # by target
     for path, base in sources:
         folder = output / path.parent.relative_to(base) if output else path.parent
-        job = Job("", path, folder / f"{path.stem}{ending}")
+        job = Job("", path, output if is_file else folder / f"{path.stem}{ending}")
         if (first := jobs.setdefault(job.target, job)).source != path:
             problems.append(f"{path}: its result would replace that of {first.source}; rename it")
     return list(jobs.values()), problems
