@@ -256,11 +256,9 @@ def upscale(options: Namespace) -> None:
     texture = "" if options.texture is None else f"_{options.texture:g}"
     which = {"edge-srgan": "", "srresnet": "_fast", "srgan": f"_srgan{texture}"}[options.model]
     ending = f"{pipeline.ENDING}{which}.{options.format}"
-    jobs, problems = pipeline.upscale_jobs(
-        options.images, options.output, ending, options.recursive
-    )
+    found = pipeline.upscale_jobs(options.images, options.output, ending, options.recursive)
+    jobs, work = found[0], partial(upscale_image, options)
     where = jobs[0].target if len(jobs) == 1 else options.output or "beside the originals"
-    found, work = (jobs, problems), partial(upscale_image, options)
     run_networks(options, chosen_generators(options), found, work, "Upscaled", where)
 
 
@@ -346,14 +344,12 @@ def write_table(path: Path, rows: dict[str, dict[str, float]], device: "Device")
     import metrics
 
     found = sorted(device.gather(list(rows.items())))
-    if device.rank:
-        return
-    path.unlink(missing_ok=True)
-    if not found:
-        return
-    found.append(("mean", metrics.mean_of([row for _, row in found])))
-    metrics.write_csv(path, found)
-    metrics.print_table(found)
+    if device.rank == 0:
+        path.unlink(missing_ok=True)
+    if device.rank == 0 and found:
+        found.append(("mean", metrics.mean_of([row for _, row in found])))
+        metrics.write_csv(path, found)
+        metrics.print_table(found)
 
 
 # Command line ---------------------------------------------------------------------------------
@@ -380,12 +376,12 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--texture", type=fraction, shown=TEXTURE, help=texture_help)
         other = "weight file of another generator, instead of --model"
         add("--generator", type=console.existing_file, help=other)
-        edges_help = "with HR edges, instead of predicted ones"
-        if name == "upscale":
-            add("--edges", type=console.existing_file, help=f"file {edges_help}")
-        else:
-            add("--edges", type=console.existing_folder, help=f"folder of {{id}}.png {edges_help}")
+    if name == "test":
+        edges_help = "folder of {id}.png with HR edges, instead of predicted ones"
+        add("--edges", type=console.existing_folder, help=edges_help)
     if name == "upscale":
+        edges_help = "file with HR edges, instead of predicted ones"
+        add("--edges", type=console.existing_file, help=edges_help)
         add("images", nargs="*", type=console.path, help="images and folders")
         add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
         add("--output", type=console.path, help="file or folder of the results")
