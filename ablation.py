@@ -41,7 +41,7 @@ def main() -> None:
     """Measures all variants and prints two tables."""
     parser = console.Parser(__doc__)
     add, root = parser.add_argument, console.ROOT
-    quality = console.number(int, "a quality from 1 to 100", lambda n: 1 <= n <= 100)
+    quality = console.option(int, "a quality from 1 to 100", lambda n: 1 <= n <= 100)
     add("--root", type=console.existing_folder, default=root, help="folder of TestSet/")
     add("--ckpts", type=console.existing_folder, default=root / "ckpts", help="folder of weights")
     add("--jpeg", type=quality, help="quality of the JPEG to save LR as first")

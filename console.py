@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent  # where TrainingSet/, TestSet/ and ckpts/ are
 incomplete: list[str] = []  # reports of commands that skipped something
 LOG_INTERVAL = 30  # seconds between two states of a bar in a log file
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -194,29 +195,6 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def number(kind: type, wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns a parser of an option that is a number.
-
-    Args:
-        kind: int or float.
-        wanted: what it must be, for the message: "a whole number of 1 or more".
-        holds: whether a number is that.
-    """
-
-    def parse(text: str) -> float:
-        with suppress(ValueError, OverflowError):
-            value = kind(text)
-            if math.isfinite(value) and holds(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-    return parse
-
-
-count = number(int, "a whole number of 1 or more", lambda n: n >= 1)
-count_or_none = number(int, "a whole number of 0 or more", lambda n: n >= 0)
-
-
 def path(text: str) -> Path:
     """Parses an option that is a path; ~ is the home folder."""
     if not text:
@@ -224,22 +202,33 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def option(read: Callable[[str], T], wanted: str, holds: Callable[[T], bool]) -> Callable[[str], T]:
+    """Returns a parser of an option's value.
+
+    Args:
+        read: int, float or `path`.
+        wanted: what the value must be, for the message: "a whole number of 1 or more".
+        holds: whether a value is that.
+    """
+
+    def parse(text: str) -> T:
+        with suppress(ValueError):
+            if holds(value := read(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
+
+
+count = option(int, "a whole number of 1 or more", lambda n: n >= 1)
+count_or_none = option(int, "a whole number of 0 or more", lambda n: n >= 0)
+positive = option(float, "a number above 0", lambda x: 0 < x < math.inf)
+existing_file = option(path, "an existing file", Path.is_file)
+existing_folder = option(path, "an existing folder", Path.is_dir)
+
+
 def processor_share(most: int | None = None) -> int:
     """Returns how many processor cores each process on this machine may use."""
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     share = max(1, len(allowed(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(share, most) if most else share
-
-
-def existing(kind: str, holds: Callable[[Path], bool]) -> Callable[[str], Path]:
-    """Returns a parser of an option that is the path of something that exists."""
-
-    def parse(text: str) -> Path:
-        if holds(found := path(text)):
-            return found
-        raise argparse.ArgumentTypeError(f"there is no {kind} {text}")
-
-    return parse
-
-
-existing_file, existing_folder = existing("file", Path.is_file), existing("folder", Path.is_dir)

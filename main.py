@@ -39,7 +39,7 @@ ONLY_IF_NAMED = {"EdgeModel", "SRGAN"}  # by --stage
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
 TEXTURE = 0.75  # 1 paints more, but stipples what is out of focus
 COMMANDS: dict[str, Callable[..., None]] = {}
-fraction = console.number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+fraction = console.option(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
@@ -393,10 +393,10 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
 
 def add_training_options(add: Callable[..., object], names: list[str], is_help: bool) -> None:
     """Adds what the training commands take; the help shows the stages' own values."""
-    count, count_or_none, number = console.count, console.count_or_none, console.number
-    positive = number(float, "a number above 0", lambda x: x > 0)
-    crop = number(int, "a whole number of 8 or more", lambda n: n >= 8)  # SSIM's and Canny's reach
-    seed = number(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
+    count, count_or_none = console.count, console.count_or_none
+    option, positive = console.option, console.positive
+    crop = option(int, "a whole number of 8 or more", lambda n: n >= 8)  # SSIM's and Canny's reach
+    seed = option(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
     own = partial(recipe_values, names) if is_help else str  # which needs PyTorch
     add("--stage", choices=names, help="train this stage only")
     add("--resume", action="store_true", help="continue the last run")

@@ -44,8 +44,7 @@ def run() -> None:
     """Trains the stages one after the other."""
     parser = console.Parser(__doc__)
     add, root, folder = parser.add_argument, console.ROOT, console.existing_folder
-    minutes = console.number(float, "a number above 0", lambda x: x > 0)
-    add("--minutes", type=minutes, required=True, help="time for all stages")
+    add("--minutes", type=console.positive, required=True, help="time for all stages")
     add("--root", type=folder, default=root, help="folder of TrainingSet/, sliced")
     add("--init", type=folder, help="folder of weights to start from")
     add("--stages", type=known_stages, default=list(SHARES), shown="all", help="only these")

@@ -22,7 +22,7 @@ from console import ImageError, UserError
 from pipeline import Stamp
 from tiles import HR, LR, SCALE, TEST, TILES, TRAINING
 
-even = console.number(int, "an even number of 0 or more", lambda n: n >= 0 and n % 2 == 0)
+even = console.option(int, "an even number of 0 or more", lambda n: n >= 0 and n % 2 == 0)
 
 
 def main(argv: list[str] | None = None) -> None:

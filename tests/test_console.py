@@ -219,8 +219,7 @@ def test_a_mistyped_option_is_one_line_that_names_the_nearest(capsys):
     assert "--batch-size" in capsys.readouterr().err
 
 
-EVEN = console.number(int, "an even number", lambda n: n % 2 == 0)
-POSITIVE = console.number(float, "a number above 0", lambda x: x > 0)
+EVEN = console.option(int, "an even number", lambda n: n % 2 == 0)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ POSITIVE = console.number(float, "a number above 0", lambda x: x > 0)
         (console.count, {"1": 1, "36": 36}, ["0", "-1", "1.5", "nan", "inf", "", "six"]),
         (console.count_or_none, {"0": 0, "4": 4}, ["-1", "0.5", "9" * 5000]),
         (EVEN, {"-2": -2, "0": 0}, ["7", "2.0"]),
-        (POSITIVE, {"1e-4": 1e-4, "2": 2.0}, ["0", "-1", "nan", "inf", "1e999", "x"]),
+        (console.positive, {"1e-4": 1e-4, "2": 2.0}, ["0", "-1", "nan", "inf", "1e999", "x"]),
     ],
 )
 def test_odd_numbers_are_refused(parse, good, bad):
