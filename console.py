@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent  # where TrainingSet/, TestSet/ and ckpts/ are
 incomplete: list[str] = []  # reports of commands that skipped something
@@ -111,10 +110,7 @@ class Output:
 
 def info(text: str, stream: str = "stdout") -> None:
     """Prints a line above the bars."""
-    if "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(text, file=Output(stream))
-    else:
-        Output(stream).write(f"{text}\n")
+    tqdm.write(f"{text}\n", file=Output(stream), end="")  # one write: processes share a terminal
 
 
 def warn(text: str) -> None:
@@ -128,13 +124,11 @@ def warn_incomplete(report: str) -> None:
     warn(report)
 
 
-def progress(*args: object, leave: bool = True, disable: bool = False, **options: object) -> "tqdm":
+def progress(*args: object, leave: bool = True, disable: bool = False, **options: object) -> tqdm:
     """Returns a tqdm bar, shown by the first process.
 
     In a log file it is a line every half minute, and an inner one (`leave=False`) is not shown.
     """
-    from tqdm import tqdm  # noqa: PLC0415
-
     log = True
     with suppress(AttributeError, ValueError):  # no stderr, or a closed one
         log = not sys.stderr.isatty()
