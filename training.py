@@ -84,7 +84,7 @@ def fit(  # noqa: PLR0912, PLR0915
     parts = {**networks, "ema": ema, **{f"{key} adam": each for key, each in optimizers.items()}}
 
     # Resume, or start from scratch in a new folder
-    settings = describe(recipe, options, device, dataset, list(held_out))
+    settings = describe(stage, options, dataset, list(held_out))
     folder, state, settings = device.from_first(checkpoints.begin, stage, options, settings)
     done = Progress(**state["progress"]) if state else Progress()
     if state:
@@ -103,14 +103,14 @@ def fit(  # noqa: PLR0912, PLR0915
     dataset.keep_in_memory()
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
     target = files.weight_path(options.ckpts, stage.publishes)
-    there = validate_published(stage, target, held_out, device)
-    reference = measure(held_out, device, stage.reference)
+    there = validate_published(stage, target, held_out)
+    reference = measure(stage, held_out, stage.reference)
 
     # Train
     saved, loss_sum = time.monotonic(), torch.zeros((), device=device.torch_device)
     problems: list[Exception] = []
     consistent = True  # not amid the updates of a step
-    log = Log(stage, folder, settings, done, device)
+    log = Log(stage, folder, settings, done)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
             while True:
@@ -120,7 +120,7 @@ def fit(  # noqa: PLR0912, PLR0915
                 if (due or last) and done.validated < done.step:
                     if done.step:
                         device.from_first(save)
-                    now = validate(stage, ema, held_out, device)
+                    now = validate(stage, ema, held_out)
                     log.scalars("validation/", now, reference)
                     log.samples(stage, ema, held_out or training)
                     if done.step and stage.better(now, done.best):  # 0 is what training starts from
@@ -205,12 +205,10 @@ def choose_recipe(recipe: Recipe, options: Namespace) -> Recipe:
     return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
 
-def describe(
-    recipe: Recipe, options: Namespace, device: Device, dataset: PairedTiles, held_out: list[str]
-) -> dict:
+def describe(stage: Stage, options: Namespace, dataset: PairedTiles, held_out: list[str]) -> dict:
     """Returns the settings that a resumed training must share with the interrupted one."""
-    values = asdict(recipe)
-    values["schedule"] = recipe.schedule.__name__
+    recipe, device = stage.recipe, stage.device
+    values = asdict(recipe) | {"schedule": recipe.schedule.__name__}
     values["crops per step"] = values.pop("batch_size") * recipe.accumulate * device.world
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
     values["loss weights"] = {k: each for k, each in vars(losses).items() if k.endswith("WEIGHT")}
@@ -299,29 +297,30 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
 # Validation -----------------------------------------------------------------------------------
 
 
-def validate(stage: Stage, network: nn.Module, held_out: Pairs, device: Device) -> Metrics:
+def validate(stage: Stage, network: nn.Module, held_out: Pairs) -> Metrics:
     """Returns a generator's mean metrics of the held-out images, {} without any."""
     enlarger = stage.enlarger(network)
-    return measure(held_out, device, lambda lr, hr: stage.validate(enlarger, lr, hr))
+    return measure(stage, held_out, partial(stage.validate, enlarger))
 
 
-def validate_published(stage: Stage, target: Path, held_out: Pairs, device: Device) -> Metrics:
+def validate_published(stage: Stage, target: Path, held_out: Pairs) -> Metrics:
     """Returns the metrics of the weights that a training is about to replace, {} without any."""
     # There are none, they are of another network, or do not compute. Where the first process cannot
     # read them, the others exit.
     with contextlib.suppress(UserError, SystemExit):
-        return validate(stage, stage.load(target, type(stage.generator)), held_out, device)
+        return validate(stage, stage.load(target, type(stage.generator)), held_out)
     return {}
 
 
 def measure(
-    pairs: Pairs, device: Device, function: Callable[[np.ndarray, np.ndarray], Metrics]
+    stage: Stage, pairs: Pairs, function: Callable[[np.ndarray, np.ndarray], Metrics]
 ) -> Metrics:
     """Returns the mean of a function of LR and HR over images, which the processes share out.
 
     Raises:
         ImageError, NotFiniteError: in all processes, one cannot be read, or not be made.
     """
+    device = stage.device
     mine = list(pairs.values())[device.rank :: device.world]
     rows, problems = [], []
     for paths in console.progress(mine, "Validating", unit="image", leave=False):
@@ -346,17 +345,15 @@ class Log(contextlib.AbstractContextManager):
     curves cannot be written, training goes on without them.
     """
 
-    def __init__(
-        self, stage: Stage, folder: Path, settings: dict, done: Progress, device: Device
-    ) -> None:
-        self.done, self.device = done, device
+    def __init__(self, stage: Stage, folder: Path, settings: dict, done: Progress) -> None:
+        self.done, self.world = done, stage.device.world
         self.writers: list[SummaryWriter] = []
         self.bar = console.progress(
             desc=stage.name, total=settings["steps"], initial=done.step, unit="step"
         )
         self.restart()
         self.hook, threading.excepthook = threading.excepthook, self.in_thread
-        if device.rank == 0:
+        if stage.device.rank == 0:
             with self.optional():
                 for each in (folder, folder / stage.compared_with):
                     self.writers.append(SummaryWriter(str(each), purge_step=done.step + 1))
@@ -403,7 +400,7 @@ class Log(contextlib.AbstractContextManager):
     def flush(self, rate: float) -> None:
         """Logs the means since the last call."""
         means = {key: float(value) / self.batches for key, value in self.sums.items()}
-        speed = self.crops * self.device.world / (time.monotonic() - self.since)
+        speed = self.crops * self.world / (time.monotonic() - self.since)
         self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         text = " ".join(f"{key} {value:.4f}" for key, value in sums.items())
