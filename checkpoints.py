@@ -32,10 +32,8 @@ class Progress:
     best_step: int = 0
 
 
-def begin(
-    stage: Stage, options: Namespace, settings: dict
-) -> tuple[Path, dict[str, dict] | None, dict]:
-    """Returns a training's folder, its state to resume from or None, and its complete settings.
+def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict, dict]:
+    """Returns a training's folder, its state to resume from or {}, and its complete settings.
 
     A state is not continued whose stage started from weights that have changed: an earlier stage
     has been trained since.
@@ -68,7 +66,7 @@ def begin(
     for number in itertools.count(max(numbers, default=0) + 1):
         with contextlib.suppress(FileExistsError):  # another training has just made it
             (runs / str(number)).mkdir(parents=True)
-            return runs / str(number), None, settings
+            return runs / str(number), {}, settings
 
 
 def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None:
@@ -121,13 +119,7 @@ def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
 
 
 def publish(
-    stage: Stage,
-    folder: Path,
-    target: Path,
-    done: Progress,
-    metrics_there: Metrics,
-    reference: Metrics,
-    force: bool,
+    stage: Stage, folder: Path, options: Namespace, done: Progress, old: Metrics, reference: Metrics
 ) -> None:
     """Copies a training's best weights to where tests and later stages look for them.
 
@@ -136,29 +128,29 @@ def publish(
     What is replaced is kept in the training's folder.
 
     Args:
-        metrics_there: of the weights to replace, {} if there are none.
+        options: `ckpts`; `publish`: replace them anyway, if the training is complete.
+        old: metrics of the weights to replace, {} if there are none.
         reference: metrics of what the stage is compared with.
-        force: replace them anyway, if the training is complete.
     """
+    target = files.weight_path(options.ckpts, stage.publishes)
     source, step, steps = folder / "latest.pth", done.step, type(stage).recipe.steps
     complete = step >= stage.recipe.steps
     if done.best:
         source, step = folder / "best.pth", done.best_step
-        table = {stage.compared_with: reference, "published": metrics_there}
+        table = {stage.compared_with: reference, "published": old}
         rows = (table | {f"step {step}": done.best}).items()
         metrics.print_table([row for row in rows if row[1]])
     if done.best and not stage.newest_is_best:
-        better, reason = stage.better(done.best, metrics_there), f"{source} is not better"
+        better, reason = stage.better(done.best, old), f"{source} is not better"
     else:
         better = complete and (done.step >= steps or not target.exists())
         reason = f"{source} has had {done.step} of the {steps} steps of {stage.name}'s recipe"
-    there = target.exists()
-    if there and source.exists() and filecmp.cmp(source, target, shallow=False):
+    if target.exists() and source.exists() and filecmp.cmp(source, target, shallow=False):
         console.info(f"{target}: is {source} already, of step {step}")
-    elif not (better or (force and complete)):
+    elif not (better or (options.publish and complete)):
         console.info(f"{target}: unchanged, for {reason}; copy that file, or give --publish")
     else:
-        if there:
+        if target.exists():
             kept = folder / f"replaced-{files.digest(target)}.pth"
             copy(target, kept)
             console.info(f"{kept}: what {target} was before")

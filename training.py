@@ -86,7 +86,7 @@ def fit(  # noqa: PLR0912, PLR0915
     # Resume, or start from scratch in a new folder
     settings = describe(stage, options, dataset, list(held_out))
     folder, state, settings = device.from_first(checkpoints.begin, stage, options, settings)
-    done = Progress(**state["progress"]) if state else Progress()
+    done = Progress(**state.get("progress", {}))
     if state:
         checkpoints.restore(parts, state, folder / "state.pth")
     save = partial(checkpoints.save, folder, parts, done, settings)
@@ -102,8 +102,7 @@ def fit(  # noqa: PLR0912, PLR0915
         device.info(f"Left out {len(dataset.small)} images smaller than the crops: {some}")
     dataset.keep_in_memory()
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
-    target = files.weight_path(options.ckpts, stage.publishes)
-    there = validate_published(stage, target, held_out)
+    there = validate_published(stage, options, held_out)
     reference = measure(stage, held_out, stage.reference)
 
     # Train
@@ -187,8 +186,7 @@ def fit(  # noqa: PLR0912, PLR0915
             raise
 
         # Publish
-        publishing = stage, folder, target, done, there, reference, options.publish
-        device.from_first(checkpoints.publish, *publishing)
+        device.from_first(checkpoints.publish, stage, folder, options, done, there, reference)
         if problems := device.gather(problems):
             raise problems[0]
         if device.any_process(bool(interrupted)):
@@ -303,12 +301,13 @@ def validate(stage: Stage, network: nn.Module, held_out: Pairs) -> Metrics:
     return measure(stage, held_out, partial(stage.validate, enlarger))
 
 
-def validate_published(stage: Stage, target: Path, held_out: Pairs) -> Metrics:
+def validate_published(stage: Stage, options: Namespace, held_out: Pairs) -> Metrics:
     """Returns the metrics of the weights that a training is about to replace, {} without any."""
+    path = files.weight_path(options.ckpts, stage.publishes)
     # There are none, they are of another network, or do not compute. Where the first process cannot
     # read them, the others exit.
     with contextlib.suppress(UserError, SystemExit):
-        return validate(stage, stage.load(target, type(stage.generator)), held_out)
+        return validate(stage, stage.load(path, type(stage.generator)), held_out)
     return {}
 
 
