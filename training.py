@@ -281,14 +281,12 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     averages, currents = list(ema.parameters()), list(network.parameters())
-    for copy_of_it, module in zip(ema.modules(), network.modules(), strict=True):
-        buffers = zip(copy_of_it.buffers(recurse=False), module.buffers(recurse=False), strict=True)
-        for average, current in buffers:
-            if isinstance(module, nn.BatchNorm2d) and average.is_floating_point():
-                averages.append(average)
-                currents.append(current)
-            else:
-                average.copy_(current)
+    for (name, average), current in zip(ema.named_buffers(), network.buffers(), strict=True):
+        if name.endswith(("running_mean", "running_var")):
+            averages.append(average)
+            currents.append(current)
+        else:
+            average.copy_(current)
     get_ema_multi_avg_fn(decay)(averages, currents, None)  # in a few kernels
 
 
