@@ -221,8 +221,7 @@ existing_file = option(path, "an existing file", Path.is_file)
 existing_folder = option(path, "an existing folder", Path.is_dir)
 
 
-def processor_share(most: int | None = None) -> int:
+def processor_share() -> int:
     """Returns how many processor cores each process on this machine may use."""
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    share = max(1, len(allowed(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return min(share, most) if most else share
+    return max(1, len(allowed(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -16,7 +16,7 @@ import images
 import pipeline
 import tiles
 from console import ImageError
-from pipeline import Stamp
+from pipeline import Finish, Job, OnProgress, Stamp
 
 TEST_AGAIN = "run `python main.py test` again"
 
@@ -37,17 +37,15 @@ def main(argv: list[str] | None = None) -> None:
         for name in sorted(fresh.keys() - {job.name for job in jobs}):
             tile = next(iter(fresh[name].values()))
             problems.append(f"{tile}: belongs to no image in {output.parent}; remove its tiles")
-        pipeline.for_each(
-            jobs,
-            lambda job, _: partial(join_image, job, output / job.name, fresh.get(job.name, {})),
-            "Joined",
-            output / tiles.JOINED,
-            problems=problems,
-            threads=options.threads,
-        )
+
+        def work(job: Job, _: OnProgress) -> Finish:
+            return partial(join_image, job, output / job.name, fresh.get(job.name, {}))
+
+        where = output / tiles.JOINED
+        pipeline.for_each(jobs, work, "Joined", where, problems=problems, threads=options.threads)
 
 
-def join_image(job: pipeline.Job, moved: Path, fresh: dict[tiles.Position, Path]) -> list[str]:
+def join_image(job: Job, moved: Path, fresh: dict[tiles.Position, Path]) -> list[str]:
     """Joins one image from its fresh tiles, which move to a folder, and those moved there earlier.
 
     Returns:

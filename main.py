@@ -413,7 +413,7 @@ def add_training_options(add: Callable[..., object], names: list[str], is_help: 
     add("--checkpoint-every", type=count, default=500, help="batches between checkpoints")
     add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
     add("--runs", type=console.path, default=console.ROOT / "runs", help="folder of the runs")
-    workers = console.processor_share(most=8)
+    workers = min(8, console.processor_share())
     add("--workers", type=count_or_none, default=workers, help="data-loading processes")
     add("--seed", type=seed, default=0, help="random seed")
 

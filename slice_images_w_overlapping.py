@@ -19,7 +19,7 @@ import images
 import pipeline
 import tiles
 from console import ImageError, UserError
-from pipeline import Stamp
+from pipeline import Finish, OnProgress, Stamp
 from tiles import HR, LR, SCALE, TEST, TILES, TRAINING
 
 even = console.option(int, "an even number of 0 or more", lambda n: n >= 0 and n % 2 == 0)
@@ -45,14 +45,11 @@ def main(argv: list[str] | None = None) -> None:
                 f" those to train on into {TRAINING}/{HR}"
             )
         where = " and ".join(sorted({str(job.target) for job in jobs}))
-        pipeline.for_each(
-            jobs,
-            lambda pair, _: partial(slice_pair, pair, options.tiles, options.pad),
-            "Sliced",
-            where,
-            problems=problems,
-            threads=options.threads,
-        )
+
+        def work(pair: Pair, _: OnProgress) -> Finish:
+            return partial(slice_pair, pair, options.tiles, options.pad)
+
+        pipeline.for_each(jobs, work, "Sliced", where, problems=problems, threads=options.threads)
 
 
 @dataclass(frozen=True)

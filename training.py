@@ -46,9 +46,7 @@ NAMED = 5  # of the images that are left out
 STOPPING = b"\nStopping after this step or validation; once more to stop at once\n"
 
 
-def fit(  # noqa: PLR0912, PLR0915
-    stage_class: type[Stage], options: Namespace, device: Device
-) -> None:
+def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
     """Trains a stage to its recipe's last step, or until interrupted; publishes the best weights.
 
     Writes to a folder of its own, `{options.runs}/{name}/{number}`: `state.pth`, to resume from,
