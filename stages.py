@@ -376,13 +376,12 @@ class PreModel(Stage):
         self.edge_predictor = for_inference(self.edge_generator, self.device)
 
     def parameter_groups(self, key: str) -> list[dict]:
-        (group,) = super().parameter_groups(key)
-        if key != "gen" or self.recipe.trunk_rate == 1:
+        (group,), rate = super().parameter_groups(key), self.recipe.trunk_rate
+        if key != "gen" or rate == 1:
             return [group]
-        slower = [p for module in trunk(self.generator) for p in module.parameters()]
-        known = set(slower)
-        rest = [p for p in group["params"] if p not in known]
-        return [group | {"params": rest}, {"params": slower, "factor": self.recipe.trunk_rate}]
+        slower = dict.fromkeys(p for each in trunk(self.generator) for p in each.parameters())
+        rest = [p for p in group["params"] if p not in slower]
+        return [group | {"params": rest}, group | {"params": [*slower], "factor": rate}]
 
     @torch.no_grad()
     def hr_edges(self, batch: Batch) -> Tensor:
@@ -394,9 +393,6 @@ class PreModel(Stage):
     def generate(self, batch: Batch) -> Tensor:
         with self.device.autocast():
             return self.generator(batch["lr"], self.hr_edges(batch))
-
-    def enlarger(self, network: nn.Module) -> Enlarger:
-        return Enlarger(network, self.edge_generator, self.device)
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         found = super().validate(enlarger, lr, hr)
