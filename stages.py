@@ -117,12 +117,6 @@ class Stage:
         self.networks[key] = self.device.place(network).train()
         return network
 
-    def freeze_norms(self) -> None:
-        """Has the generator's batch norms keep their statistics, as they will when it is used."""
-        for module in self.networks["gen"].modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-
     def parameter_groups(self, key: str) -> list[dict]:
         """Returns a network's groups for Adam, each with its `factor` of the learning rate."""
         trained = [each for each in self.networks[key].parameters() if each.requires_grad]

@@ -58,9 +58,12 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
             differs from what is asked.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when all is saved.
     """
-    # Data
+    # The stage's recipe with what the command line gives in place of its own values, and data
+    given = {key: vars(options)[key] for key in ("steps", "batch_size", "learning_rate", "jpeg")}
+    given["crops"] = options.crop and (options.crop, options.crop)
+    given = {key: value for key, value in given.items() if value is not None}
+    recipe = replace(stage_class.recipe, **given)
     training, held_out = split(options.root, options.held_out)
-    recipe = choose_recipe(stage_class.recipe, options)
     dataset = PairedTiles(
         options.root, training, recipe.crops[1], recipe.color, recipe.jpeg, recipe.edges
     )
@@ -139,7 +142,9 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
 
                 # Step
                 if done.step >= recipe.live_norms * recipe.steps:
-                    stage.freeze_norms()
+                    for module in networks["gen"].modules():
+                        if isinstance(module, nn.BatchNorm2d):
+                            module.eval()  # keeps its statistics, as when the generator is used
                 device.tune_kernels(len(set(recipe.crops)) == 1)  # validation has set it otherwise
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
                 for loaded in fetched:
@@ -191,14 +196,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
             raise KeyboardInterrupt
 
 
-# Recipe ---------------------------------------------------------------------------------------
-
-
-def choose_recipe(recipe: Recipe, options: Namespace) -> Recipe:
-    """Returns the recipe with what the command line gives in place of its own values."""
-    given = {key: vars(options)[key] for key in ("steps", "batch_size", "learning_rate", "jpeg")}
-    given["crops"] = options.crop and (options.crop, options.crop)
-    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+# Settings -------------------------------------------------------------------------------------
 
 
 def describe(stage: Stage, options: Namespace, dataset: PairedTiles, held_out: list[str]) -> dict:
