@@ -438,11 +438,9 @@ def run(argv: list[str]) -> None:
         COMMANDS[name].__wrapped__(parser.parse_args(rest))
     else:
         hint = console.did_you_mean(name, list(COMMANDS))
-        if not hint:
-            is_path = not name.startswith("-")
-            hint = "; see --help" + f", or did you mean `upscale {name}`?" * is_path
-        parser = console.Parser(None, prog="main.py")
-        parser.error(f"the first argument must be a command, not {name}{hint}")
+        hint = hint or f"; see --help, or give `upscale {name}` if that is an image"
+        text = f"the first argument must be a command, not {name}{hint}"
+        console.Parser(None, prog="main.py").error(text)
 
 
 if __name__ == "__main__":
