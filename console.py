@@ -5,7 +5,6 @@ import difflib
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -136,15 +135,6 @@ def progress(*args: object, leave: bool = True, disable: bool = False, **options
     if log:
         options |= {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "delay": LOG_INTERVAL}
     return tqdm(*args, leave=leave, disable=disable, file=Output("stderr", lines=log), **options)
-
-
-def duration(start: float) -> str:
-    """Returns the time since `start` of `time.monotonic()`, as "1.2 s" or "3 min 05 s"."""
-    seconds = time.monotonic() - start
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02} s"
 
 
 # Options --------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 import console
 import files
 import images
@@ -88,7 +90,8 @@ def for_each(
     total = sum(device.gather([counts]) if device else [counts], Counter())
     parts = [f"{done} {total['made']} image{'s' * (total['made'] != 1)}"]
     parts += [f"{total[key]} {key}" for key in ("up to date", "skipped") if total[key]]
-    parts.append(f"in {console.duration(start)}")
+    seconds = time.monotonic() - start
+    parts.append(f"in {seconds:.1f} s" if seconds < 60 else f"in {tqdm.format_interval(seconds)}")
     report = ", ".join(parts) + f": {where}" * (total["made"] + total["up to date"] > 0)
     if rank == 0:
         (console.warn_incomplete if total["skipped"] else console.info)(report)
