@@ -1,10 +1,6 @@
-"""The training stages, one class each.
+"""The training stages, one class each: first those of the edge generator, then of the HR generator.
 
-A stage owns its networks and knows its losses; `training.fit` steps, logs and saves them. Edge
-generator: `EdgePreModel` on pixels, then `EdgeModel` against its discriminator (Edge-Informed
-SISR, section 3.1). HR generator: `SRResNetModel` without edges, `EdgeStageModel` to bring the edges
-in, `PreModel` the whole, `SRModel` with all losses and the discriminator (SRGAN; Edge.SRGAN).
-`SRGANModel` trains the SRResNet for texture (ESRGAN).
+A stage owns its networks and knows its losses; `training.fit` steps, logs and saves them.
 """
 
 import math
@@ -243,7 +239,7 @@ class EdgePreModel(Stage):
 
 
 class EdgeModel(EdgePreModel):
-    """The edge generator against its discriminator, as Edge-Informed SISR trains it."""
+    """The edge generator against its discriminator (Edge-Informed SISR, section 3.1)."""
 
     name = publishes = "EdgeModel"
     starts_from = "EdgeModel"
@@ -293,9 +289,7 @@ class SRGANModel(SRResNetModel):
     name = publishes = "SRGAN"
     starts_from = "SRResNet"
     newest_is_best = True
-    # Else it never sees what the generator paints (Heusel et al., Two Time-Scale Update Rule,
-    # arXiv 1706.08500).
-    judge_rate = 2.0
+    judge_rate = 2.0  # else it never sees what the generator paints (arXiv 1706.08500: TTUR)
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
