@@ -182,7 +182,7 @@ def test_image(
     if old.keys() == set(grid) and all(Stamp.read(path) == stamp for path in old.values()):
         return None
     lr = images.read_image(job.source)
-    sr = enlarger(lr, read_edges(edges_path, lr), on_progress)
+    sr = enlarger(lr, edges_path and read_edges(edges_path, lr), on_progress)
 
     def write() -> None:
         for path in (*fresh.values(), *moved.values()):
@@ -231,14 +231,12 @@ def digest_edges(path: Path | None, lr: Path) -> str:
     return files.digest(path)
 
 
-def read_edges(path: Path | None, lr: np.ndarray) -> np.ndarray | None:
-    """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file, if there is one.
+def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
+    """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file.
 
     Raises:
         ImageError: the file cannot be read, or is not of the HR image's size.
     """
-    if path is None:
-        return None
     edges, wanted = images.read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
     if edges.shape != wanted:
         raise ImageError(f"{path}: (height, width) is {edges.shape} instead of {wanted}")
@@ -279,7 +277,7 @@ def upscale_image(
     if existing == targets and not options.overwrite:
         return None
     photo = images.read_photo(job.source)
-    hr_edges = read_edges(options.edges, photo.rgb)
+    hr_edges = options.edges and read_edges(options.edges, photo.rgb)
     files.check_writable(job.target.parent)
     if options.preview and enlarger.needs_edges and hr_edges is None:
         hr_edges = enlarger.predict_edges(photo.rgb)
