@@ -42,9 +42,8 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict,
         UserError: the state is of another training than the one asked for.
     """
     runs = options.runs / stage.name
-    start = None
-    if not options.init and stage.starts_from not in ("", stage.publishes):
-        start = files.weight_path(options.ckpts, stage.starts_from)
+    inherits = not options.init and stage.starts_from not in ("", stage.publishes)
+    start = files.weight_path(options.ckpts, stage.starts_from) if inherits else None
     needed = [files.weight_path(options.ckpts, name) for name in stage.needs]
     settings = settings | {path.name: files.digest(path) for path in needed}
     settings[START] = files.digest(start) if start else ""

@@ -396,8 +396,7 @@ class Log(contextlib.AbstractContextManager):
         speed = self.crops * self.world / (time.monotonic() - self.since)
         self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
-        text = " ".join(f"{key} {value:.4f}" for key, value in sums.items())
-        self.bar.set_postfix_str(text, refresh=False)  # else every time a line in a log file
+        self.bar.set_postfix(sums, refresh=False)  # else every time a line in a log file
 
     def scalars(self, title: str, *values: Metrics) -> None:
         """Logs values at the present step and, in the same charts, those to beat; restarts."""
@@ -447,12 +446,10 @@ def interruptible(notice: bool) -> Iterator[list[int]]:
                 os.write(2, STOPPING)
         signal.signal(number, before[number])
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows lacks the last
-        if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-            before[number] = signal.signal(number, note)  # else nohup's
-    try:
+    with contextlib.ExitStack() as stack:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the last
+            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                before[number] = signal.signal(number, note)  # else nohup's
+                stack.callback(signal.signal, number, before[number])
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
