@@ -357,7 +357,8 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
     """Returns the parser of a command's options."""
     parser = console.Parser(COMMANDS[name].__doc__, prog=f"main.py {name}")
     add, root = parser.add_argument, console.ROOT
-    add("--root", type=console.existing_folder, default=root, help="folder of the image sets")
+    file, folder = console.existing_file, console.existing_folder
+    add("--root", type=folder, default=root, help="folder of the image sets")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     if name == "evaluate":
         return parser
@@ -372,14 +373,11 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--fast", **fast, help="short for --model srresnet")
         texture_help = "srgan's: 0 smooth and exact, 1 rich in texture"
         add("--texture", type=fraction, shown=TEXTURE, help=texture_help)
-        other = "weight file of another generator, instead of --model"
-        add("--generator", type=console.existing_file, help=other)
+        add("--generator", type=file, help="weight file of another generator, instead of --model")
     if name == "test":
-        edges_help = "folder of {id}.png with HR edges, instead of predicted ones"
-        add("--edges", type=console.existing_folder, help=edges_help)
+        add("--edges", type=folder, help="folder of HR edges, {id}.png, instead of predicted ones")
     if name == "upscale":
-        edges_help = "file with HR edges, instead of predicted ones"
-        add("--edges", type=console.existing_file, help=edges_help)
+        add("--edges", type=file, help="file of HR edges, instead of predicted ones")
         add("images", nargs="*", type=console.path, help="images and folders")
         add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
         add("--output", type=console.path, help="file or folder of the results")
