@@ -9,7 +9,6 @@ torchrun --nproc-per-node=2 main.py train
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,9 +172,9 @@ def test_image(
 ) -> Finish | None:
     """Upscales one image; what is left to do is to cut the result into tiles and write them."""
     pipeline.check_downscaled(job.source, hr.get(job.name))
-    grid, stamp = pipeline.check_tiles(job.source, lr_tiles.get(job.name, {}))
+    grid = pipeline.check_tiles(job.source, lr_tiles.get(job.name, {}))
     edges_path = options.edges and options.edges / f"{job.name}.png"
-    stamp = replace(stamp, weights=enlarger.weights, edges=digest_edges(edges_path, job.source))
+    stamp = stamp_of(job.source, enlarger.weights, edges_path, str(grid))
     fresh = hr_tiles.get(job.name, {})
     moved = tiles.find_tiles(job.target / job.name).get(job.name, {})  # by the joining
     old = moved | fresh
@@ -210,25 +209,24 @@ def edges(options: Namespace) -> None:
 def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Finish | None:
     """Predicts one image's edges, unless there are some; what is left to do is to write them."""
     if job.target.exists():
-        digest_edges(job.target, job.source)
+        pipeline.check_source(job.target, job.source, "delete it")
         return None
     found = enlarger.predict_edges(images.read_image(job.source), on_progress)
-    stamp = str(Stamp(files.digest(job.source), weights=enlarger.weights))
-    return partial(images.write_png, job.target, np.stack([found] * 3, axis=2), stamp)
+    stamp = stamp_of(job.source, enlarger.weights)
+    return partial(images.write_png, job.target, np.stack([found] * 3, axis=2), str(stamp))
 
 
-def digest_edges(path: Path | None, lr: Path) -> str:
-    """Returns the digest of a file of edges, "" without one.
+def stamp_of(lr: Path, weights: str, edges: Path | None = None, grid: str = "") -> Stamp:
+    """Returns what a result is made from, `edges` being a file of edges to use, if any.
 
     Raises:
-        ImageError: it is missing, or was predicted from an older LR image.
+        ImageError: the edges are missing, or were predicted from an older LR image.
     """
-    if path is None:
-        return ""
-    if not path.exists():
-        raise ImageError(f"{path}: missing; `python main.py edges` writes edges to start from")
-    pipeline.check_source(path, lr, "delete it")
-    return files.digest(path)
+    if edges and not edges.exists():
+        raise ImageError(f"{edges}: missing; `python main.py edges` writes edges to start from")
+    if edges:
+        pipeline.check_source(edges, lr, "delete it")
+    return Stamp(files.digest(lr), grid, weights, files.digest(edges) if edges else "")
 
 
 def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
@@ -266,8 +264,7 @@ def upscale_image(
     """Upscales one image unless its result is there; what is left to do is to write it."""
     sheet = job.target.with_name(f"{job.target.stem}{pipeline.PREVIEW}.png")
     targets = [job.target, sheet] if options.preview else [job.target]
-    edges_digest = digest_edges(options.edges, job.source)
-    stamp = Stamp(files.digest(job.source), weights=enlarger.weights, edges=edges_digest)
+    stamp = stamp_of(job.source, enlarger.weights, options.edges)
     existing = [target for target in targets if target.exists()]
     for target in existing:
         if target.samefile(job.source):

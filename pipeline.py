@@ -170,8 +170,8 @@ def check_size(hr: Path, lr: Path) -> None:
         raise ImageError(f"{hr}: is not {tiles.SCALE} times the size of {lr}; replace either")
 
 
-def check_tiles(lr: Path, found: dict[tiles.Position, Path]) -> tuple[tiles.Grid, Stamp]:
-    """Returns the grid and the stamp of an LR image's tiles.
+def check_tiles(lr: Path, found: dict[tiles.Position, Path]) -> tiles.Grid:
+    """Returns the grid of an LR image's tiles.
 
     Raises:
         ImageError: they are not complete, or not all of the image as it is now.
@@ -181,7 +181,7 @@ def check_tiles(lr: Path, found: dict[tiles.Position, Path]) -> tuple[tiles.Grid
     for path in found.values():
         if Stamp.read(path) != stamp:
             raise ImageError(f"{path}: not cut from {lr.name} as it is now; {tiles.SLICE_AGAIN}")
-    return grid, stamp
+    return grid
 
 
 # What to work on ------------------------------------------------------------------------------
