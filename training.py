@@ -223,7 +223,7 @@ def load_batches(
 ) -> Iterator[Batch | Exception]:
     """Yields batches without end, from number `first` on, loaded by processes of their own.
 
-    The last is an error, where a tile cannot be used or the processes cannot work.
+    One is an error, where a tile cannot be used or the processes cannot work.
     """
     crops = len(dataset), recipe.batch_size, recipe.crops, options.seed
     requests = draw_batches(*crops, start=first, rank=device.rank, world=device.world)
@@ -237,10 +237,7 @@ def load_batches(
             worker_init_fn=prepare_worker,
             multiprocessing_context="fork" if options.workers and dataset.in_memory else None,
         )
-        for batch in loader:
-            yield batch
-            if isinstance(batch, Exception):
-                return
+        yield from loader
     except (RuntimeError, OSError) as error:
         if not options.workers:
             raise
