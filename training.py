@@ -107,7 +107,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
     reference = measure(stage, held_out, stage.reference)
 
     # Train
-    saved, loss_sum = time.monotonic(), torch.zeros((), device=device.torch_device)
+    saved = time.monotonic()
     problems: list[Exception] = []
     consistent = True  # not amid the updates of a step
     log = Log(stage, folder, settings, done)
@@ -153,7 +153,6 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
                     for terms in all_terms.values():
                         terms["sum"] = sum(terms.values())
                         (terms["sum"] / recipe.accumulate).backward()
-                        loss_sum += terms["sum"].detach()
                     log.count(all_terms, scalars, len(batch["lr"]))
                 device.average_gradients(networks.values())
                 consistent = False
@@ -169,9 +168,6 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
                 # Log
                 log.bar.update()
                 if done.step % LOG_EVERY == 0:
-                    if device.any_process(not loss_sum.isfinite()):
-                        raise NotFiniteError("a loss is not finite")
-                    loss_sum.zero_()
                     log.flush(rate)
                 if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     device.from_first(save)
@@ -336,14 +332,14 @@ class Log(contextlib.AbstractContextManager):
     """
 
     def __init__(self, stage: Stage, folder: Path, settings: dict, done: Progress) -> None:
-        self.done, self.world = done, stage.device.world
+        self.done, self.device = done, stage.device
         self.writers: list[SummaryWriter] = []
         self.bar = console.progress(
             desc=stage.name, total=settings["steps"], initial=done.step, unit="step"
         )
         self.restart()
         self.hook, threading.excepthook = threading.excepthook, self.in_thread
-        if stage.device.rank == 0:
+        if self.device.rank == 0:
             with self.optional():
                 for each in (folder, folder / stage.compared_with):
                     self.writers.append(SummaryWriter(str(each), purge_step=done.step + 1))
@@ -379,20 +375,21 @@ class Log(contextlib.AbstractContextManager):
 
     def count(self, all_terms: Losses, scalars: dict[str, Tensor], crops: int) -> None:
         """Adds a batch's losses without waiting for the device."""
-        values = {
-            f"loss {key}/{term}": v for key, ts in all_terms.items() for term, v in ts.items()
-        }
-        for key, value in (values | scalars).items():
+        for key, terms in all_terms.items():
+            scalars = scalars | {f"loss {key}/{term}": value for term, value in terms.items()}
+        for key, value in scalars.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach()
         self.batches += 1
         self.crops += crops
 
     def flush(self, rate: float) -> None:
-        """Logs the means since the last call."""
+        """Logs the means since the last call; raises NotFiniteError if a loss's is not."""
         means = {key: float(value) / self.batches for key, value in self.sums.items()}
-        speed = self.crops * self.world / (time.monotonic() - self.since)
-        self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
+        if self.device.any_process(not all(map(math.isfinite, sums.values()))):
+            raise NotFiniteError("a loss is not finite")
+        speed = self.crops * self.device.world / (time.monotonic() - self.since)
+        self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
         self.bar.set_postfix(sums, refresh=False)  # else every time a line in a log file
 
     def scalars(self, title: str, *values: Metrics) -> None:
