@@ -53,7 +53,7 @@ def main() -> None:
     if not pairs:
         raise UserError(f"{options.root / TEST}: no image is in both {LR}/ and {HR}/; slice first")
     for lr_path, hr_path in pairs.values():
-        pipeline.check_downscaled(lr_path, hr_path)
+        pipeline.check_hr_unchanged(lr_path, hr_path)
         pipeline.check_size(hr_path, lr_path)
 
     tables: dict[str, dict[str, list[Metrics]]] = {

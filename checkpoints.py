@@ -1,4 +1,4 @@
-"""The folder of a training, the state in it to resume from, and the weights it publishes."""
+"""The folder of a training run, the state in it to resume from, and the weights it publishes."""
 
 import contextlib
 import filecmp
@@ -24,7 +24,7 @@ START = "starting weights"  # of settings: the digest of a file, "" where --init
 
 @dataclass
 class Progress:
-    """The progress of a training."""
+    """The progress of a run."""
 
     step: int = 0
     validated: int = -1  # the step of the last validation
@@ -33,13 +33,13 @@ class Progress:
 
 
 def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict, dict]:
-    """Returns a training's folder, its state to resume from or {}, and its complete settings.
+    """Returns a run's folder, its state to resume from or {}, and its complete settings.
 
-    A state is not continued whose stage started from weights that have changed: an earlier stage
-    has been trained since.
+    A run is not continued if the weights that it started from have changed: an earlier stage has
+    been trained since.
 
     Raises:
-        UserError: the state is of another training than the one asked for.
+        UserError: the state is of another run than the one asked for.
     """
     runs = options.runs / stage.name
     inherits = not options.init and stage.starts_from not in ("", stage.publishes)
@@ -53,7 +53,7 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict,
         path = runs / str(last) / "state.pth"
         state = weights.load_file(path)
         if not all(isinstance(state.get(key), dict) for key in ("settings", "progress", "parts")):
-            raise UserError(f"{path}: not a state of a training; leave --resume out")
+            raise UserError(f"{path}: not the state of a run; leave --resume out")
         before, now = state["settings"].get(START, ""), settings[START]
         if options.accept_changes or before == now or not (before and now):
             settings[START] = now if options.accept_changes else before
@@ -63,16 +63,18 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict,
     elif options.resume:
         console.info(f"{runs}: no run to continue; {stage.name} starts from scratch")
     for number in itertools.count(max(numbers, default=0) + 1):
-        with contextlib.suppress(FileExistsError):  # another training has just made it
+        with contextlib.suppress(FileExistsError):  # another run has just made it
             (runs / str(number)).mkdir(parents=True)
             return runs / str(number), {}, settings
 
 
 def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None:
-    """Checks that a state is of a training with some settings, and says what it is.
+    """Checks a state against the settings of a run, and says at which step it continues.
+
+    Where changes are accepted, its best metrics go: they are not of the same settings.
 
     Raises:
-        UserError: it is of another training than the one asked for.
+        UserError: the settings differ.
     """
     before, changes = state["settings"], {}
     for key, now in settings.items():
@@ -94,7 +96,7 @@ def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None
 
 
 def save(folder: Path, parts: dict, done: Progress, settings: dict) -> None:
-    """Writes a training's averaged weights, `latest.pth`, and its state, `state.pth`.
+    """Writes a run's averaged weights, `latest.pth`, and its state, `state.pth`.
 
     Raises:
         NotFiniteError: a weight is not finite; nothing is written.
@@ -108,7 +110,7 @@ def save(folder: Path, parts: dict, done: Progress, settings: dict) -> None:
 
 
 def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
-    """Saves a training that an error ends, and says so, or why not."""
+    """Saves a run that stops early, and says so, or why not."""
     try:
         save()
     except Exception as error:  # the first error is the one to raise
@@ -120,14 +122,14 @@ def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
 def publish(
     stage: Stage, folder: Path, options: Namespace, done: Progress, old: Metrics, reference: Metrics
 ) -> None:
-    """Copies a training's best weights to where tests and later stages look for them.
+    """Copies a run's best weights to where tests and later stages look for them.
 
     Unless those there are as good: they validate as well or, where validation does not judge (see
-    `Stage.newest_is_best`) or there is none, this training is shorter than the stage's recipe.
-    What is replaced is kept in the training's folder.
+    `Stage.newest_is_best`) or there is none, this run is shorter than the stage's recipe.
+    What is replaced is kept in the run's folder.
 
     Args:
-        options: `ckpts`; `publish`: replace them anyway, if the training is complete.
+        options: `ckpts`; `publish`: replace them anyway, if the run is complete.
         old: metrics of the weights to replace, {} if there are none.
         reference: metrics of what the stage is compared with.
     """
@@ -177,15 +179,13 @@ def restore(parts: dict, state: dict, path: Path) -> None:
                 group |= {"factor": given["factor"], "betas": given["betas"]}
     except (KeyError, RuntimeError, ValueError) as error:
         reason = console.one_line(error)[:200]
-        raise UserError(
-            f"{path}: does not fit this training ({reason}); leave --resume out"
-        ) from error
+        raise UserError(f"{path}: does not fit this run ({reason}); leave --resume out") from error
     if not is_finite(state["parts"]):
         raise UserError(f"{path}: holds weights that are not finite; leave --resume out")
 
 
 def is_finite(state: object) -> bool:
-    """Returns whether all tensors are finite that a state holds, however nested."""
+    """Returns whether all tensors in a state are finite, however nested."""
     if isinstance(state, Tensor):
         return bool(state.isfinite().all())
     values = state.values() if isinstance(state, dict) else state

@@ -52,7 +52,10 @@ def plain_errors() -> Iterator[None]:
         SystemExit: 1 after a UserError, an OSError, full memory, or `warn_incomplete`; 130 after
             Ctrl-C.
     """
-    for name in ("stdout", "stderr"):  # or files would get their numbers, to which C writes
+    for name in (
+        "stdout",
+        "stderr",
+    ):  # else the next file opened takes its number, to which C writes
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     incomplete.clear()
@@ -79,7 +82,7 @@ def plain_errors() -> Iterator[None]:
 class Output:
     """A standard stream that never raises: training outlives its terminal and a full disk.
 
-    They are equal in a terminal, which shows both: there tqdm's bars make room for messages.
+    In a terminal, which shows both, they compare equal: so bars make room for messages on either.
 
     Attributes:
         name: "stdout" or "stderr".
@@ -182,7 +185,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
 def path(text: str) -> Path:
     """Parses an option that is a path; ~ is the home folder."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty path")
+        raise argparse.ArgumentTypeError("the path is empty")
     return Path(text).expanduser()
 
 

@@ -33,25 +33,25 @@ def main(argv: list[str] | None = None) -> None:
     with console.plain_errors():
         jobs, problems = pipeline.test_jobs(options.root, pipeline.CANDIDATE)
         output = options.root / tiles.TEST / tiles.LR / tiles.OUTPUT
-        fresh = tiles.find_tiles(output)
-        for name in sorted(fresh.keys() - {job.name for job in jobs}):
-            tile = next(iter(fresh[name].values()))
+        unjoined = tiles.find_tiles(output)
+        for name in sorted(unjoined.keys() - {job.name for job in jobs}):
+            tile = next(iter(unjoined[name].values()))
             problems.append(f"{tile}: belongs to no image in {output.parent}; remove its tiles")
 
         def work(job: Job, _: OnProgress) -> Finish:
-            return partial(join_image, job, output / job.name, fresh.get(job.name, {}))
+            return partial(join_image, job, output / job.name, unjoined.get(job.name, {}))
 
         where = output / tiles.JOINED
         pipeline.for_each(jobs, work, "Joined", where, problems=problems, threads=options.threads)
 
 
-def join_image(job: Job, moved: Path, fresh: dict[tiles.Position, Path]) -> list[str]:
-    """Joins one image from its fresh tiles, which move to a folder, and those moved there earlier.
+def join_image(job: Job, joined: Path, unjoined: dict[tiles.Position, Path]) -> list[str]:
+    """Joins one image: tiles not joined yet, which move to the folder `joined`, and those in it.
 
     Returns:
         A note on everything that the result cannot carry, and on tiles of another program.
     """
-    found, lr = tiles.find_tiles(moved).get(job.name, {}) | fresh, job.source
+    found, lr = tiles.find_tiles(joined).get(job.name, {}) | unjoined, job.source
     grid = tiles.Grid.of_tiles(lr, found, TEST_AGAIN, tiles.SCALE)
     stamps = {Stamp.read(path) for path in found.values()}
     known = stamps - {Stamp()}
@@ -60,9 +60,9 @@ def join_image(job: Job, moved: Path, fresh: dict[tiles.Position, Path]) -> list
     sr = tiles.join({at: images.read_image(path) for at, path in found.items()}, grid, tiles.SCALE)
     stamp = str(known.pop()) if known == stamps else ""
     notes = images.write_image(job.target, sr, images.read_photo(lr), stamp)
-    moved.mkdir(exist_ok=True)
-    for path in fresh.values():
-        path.replace(moved / path.name)
+    joined.mkdir(exist_ok=True)
+    for path in unjoined.values():
+        path.replace(joined / path.name)
     return notes + ["has tiles of another program, joined as they are"] * (Stamp() in stamps)
 
 

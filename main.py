@@ -58,7 +58,7 @@ def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
                 argv.append(name if value is True else f"{name}={value}")
         work(parser.parse_args(argv))
 
-    COMMANDS[work.__name__] = call
+    COMMANDS[work.__name__] = work
     return call
 
 
@@ -95,21 +95,22 @@ def train_stages(options: Namespace, names: list[str]) -> None:
     chosen = [stages.STAGES[name] for name in names]
     device = open_device(options.device, options.precision, training=True)
     device.from_first(check_weights, chosen, options)
-    for stage in chosen:
-        training.fit(stage, options, device)
+    for stage_class in chosen:
+        training.fit(stage_class, options, device)
         options.init = None
 
 
 def check_weights(chosen: list[type], options: Namespace) -> None:
     """Raises UserError, before the first stage, if one lacks weights that none of them trains."""
-    there = {""}
-    for stage in chosen:
-        start = "" if options.init and stage is chosen[0] else stage.starts_from
-        for name in {start, *stage.needs} - there:
+    trained = {""}  # what starts from no weights
+    for stage_class in chosen:
+        given = options.init and stage_class is chosen[0]
+        start = "" if given else stage_class.starts_from
+        for name in {start, *stage_class.needs} - trained:
             if not (path := files.weight_path(options.ckpts, name)).exists():
                 trainer = next(each for each, names in TRAINS.items() if name in names)
                 raise UserError(f"{path}: missing; `python main.py {trainer}` trains it")
-        there.add(stage.publishes)
+        trained.add(stage_class.publishes)
 
 
 # Testing --------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def run_networks(
     done: str,
     where: Path | str,
 ) -> None:
-    """Works on images with the networks; without `shares`, with the edge generator alone."""
+    """Loads the networks and works on the images with them; without `shares`, on edges alone."""
     from device import open_device
     from inference import Enlarger
 
@@ -132,8 +133,8 @@ def run_networks(
     device.info(device.describe())
     edge_generator = files.weight_path(options.ckpts, "EdgeModel")
     enlarger = Enlarger.load(shares, edge_generator, device)
-    if "edges" in options and options.edges and not enlarger.needs_edges:
-        raise UserError("--edges: this generator takes none; give --model edge-srgan")
+    if getattr(options, "edges", None) and not enlarger.needs_edges:
+        raise UserError("--edges: this generator uses none; give --model edge-srgan")
     work = partial(work, enlarger)
     pipeline.for_each(jobs, work, done, where, problems=problems, device=device)
 
@@ -141,7 +142,7 @@ def run_networks(
 def chosen_generators(options: Namespace) -> dict[Path, float]:
     """Returns the weight files of the generator to use, and their shares if it is a mixture."""
     if options.texture is not None and (options.model != "srgan" or options.generator):
-        raise UserError("--texture: is of the SRGAN; add --model srgan")
+        raise UserError("--texture: applies to the SRGAN only; add --model srgan")
     if options.generator:
         return {options.generator: 1.0}
     texture = TEXTURE if options.texture is None else options.texture
@@ -152,7 +153,7 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
 
 @command
 def test(options: Namespace) -> None:
-    """Makes HR tiles in TestSet/600px/output of the images that were cut into LR tiles."""
+    """Upscales the sliced images of TestSet/600px, each as a whole, and cuts them into HR tiles."""
     found = pipeline.test_jobs(options.root)
     folder, output = options.root / TEST / tiles.LR / TILES, options.root / TEST / tiles.LR / OUTPUT
     files.check_writable(output)
@@ -165,26 +166,30 @@ def test_image(
     options: Namespace,
     lr_tiles: dict[str, dict[tiles.Position, Path]],
     hr_tiles: dict[str, dict[tiles.Position, Path]],
-    hr: dict[str, Path],
+    hr_paths: dict[str, Path],
     enlarger: "Enlarger",
     job: Job,
     on_progress: OnProgress,
 ) -> Finish | None:
-    """Upscales one image; what is left to do is to cut the result into tiles and write them."""
-    pipeline.check_downscaled(job.source, hr.get(job.name))
-    grid = pipeline.check_tiles(job.source, lr_tiles.get(job.name, {}))
+    """Upscales one image; what is left to do is to cut the result into tiles and write them.
+
+    `test` gives `options` to `hr_paths`, `run_networks` the enlarger, `for_each` the rest. Of the
+    LR tiles only the grid is used.
+    """
+    pipeline.check_hr_unchanged(job.source, hr_paths.get(job.name))
+    grid = pipeline.checked_grid(job.source, lr_tiles.get(job.name, {}))
     edges_path = options.edges and options.edges / f"{job.name}.png"
     stamp = stamp_of(job.source, enlarger.weights, edges_path, str(grid))
-    fresh = hr_tiles.get(job.name, {})
-    moved = tiles.find_tiles(job.target / job.name).get(job.name, {})  # by the joining
-    old = moved | fresh
+    unjoined = hr_tiles.get(job.name, {})
+    joined = tiles.find_tiles(job.target / job.name).get(job.name, {})
+    old = joined | unjoined
     if old.keys() == set(grid) and all(Stamp.read(path) == stamp for path in old.values()):
         return None
     lr = images.read_image(job.source)
     sr = enlarger(lr, edges_path and read_edges(edges_path, lr), on_progress)
 
     def write() -> None:
-        for path in (*fresh.values(), *moved.values()):
+        for path in (*unjoined.values(), *joined.values()):
             path.unlink(missing_ok=True)
         for at in grid:
             tile = tiles.cut_tile(sr, grid, *at, SCALE)
@@ -307,7 +312,7 @@ def evaluate(options: Namespace) -> None:
     hr, rows = tiles.find_images(folder)[0], {}
     known = [job for job in jobs if job.name in hr]
     if not known:
-        raise UserError(f"{folder}: no ground truth of the images to evaluate")
+        raise UserError(f"{folder}: no ground truth for the images to evaluate")
     table, missing = known[0].target.with_name("metrics.csv"), len(jobs) - len(known)
     where = f"{table}; {missing} more without ground truth" if missing else table
     device = open_device(options.device, "fp32")
@@ -326,7 +331,7 @@ def evaluate_image(
     if not job.target.exists() or unjoined.exists():
         raise ImageError(f"{job.source}: not joined; run `python join_slice_images.py`")
     paths = job.source, hr[job.name], job.target
-    pipeline.check_downscaled(*paths[:2])
+    pipeline.check_hr_unchanged(*paths[:2])
     pipeline.check_source(job.target, job.source, "slice, test and join again")
     for path in paths[1:]:
         pipeline.check_size(path, job.source)
@@ -403,7 +408,7 @@ def add_training_options(add: Callable[..., object], names: list[str], is_help: 
     add("--crop", type=crop, shown=own("crops"), help="LR pixels a side of the crops")
     add("--jpeg", type=fraction, shown=own("jpeg"), help="fraction of LR crops to save as JPEG")
     add("--held-out", type=count_or_none, default=4, help="images kept for validation")
-    add("--checkpoint-every", type=count, default=500, help="batches between checkpoints")
+    add("--checkpoint-every", type=count, default=500, help="batches between validations")
     add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
     add("--runs", type=console.path, default=console.ROOT / "runs", help="folder of the runs")
     workers = min(8, console.processor_share())
@@ -428,7 +433,7 @@ def run(argv: list[str]) -> None:
             console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
     elif name in COMMANDS:
         parser = parser_of(name, is_help=bool({"-h", "--help"} & set(rest)))
-        COMMANDS[name].__wrapped__(parser.parse_args(rest))
+        COMMANDS[name](parser.parse_args(rest))
     else:
         hint = console.did_you_mean(name, list(COMMANDS))
         hint = hint or f"; see --help, or give `upscale {name}` if that is an image"

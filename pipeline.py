@@ -29,7 +29,7 @@ Finish = Callable[[], list[str] | None]
 
 @dataclass(frozen=True)
 class Job:
-    """A result to make: from one image file, with its id, the other file or folder."""
+    """One image to work on: its id, its file, and the file or folder to write to."""
 
     name: str
     source: Path
@@ -58,7 +58,7 @@ def for_each(
         done: the verb of the report, such as "Upscaled".
         where: what to look at.
         problems: a line for each file that was skipped before.
-        threads: that finish results at the same time.
+        threads: how many finish results at the same time.
 
     Raises:
         StorageError: nothing can be written.
@@ -152,25 +152,25 @@ class Stamp:
 
 
 def check_source(path: Path, source: Path, remedy: str) -> None:
-    """Raises ImageError if a file's stamp names another content of `source`."""
+    """Raises ImageError if a file's stamp shows that `source` has changed since."""
     if Stamp.read(path).source not in ("", files.digest(source)):
         raise ImageError(f"{path}: made from an older {source.name}; {remedy}")
 
 
-def check_downscaled(lr: Path, hr: Path | None) -> None:
-    """Raises ImageError if slicing made an LR image from an HR image that is another now."""
+def check_hr_unchanged(lr: Path, hr: Path | None) -> None:
+    """Raises ImageError if slicing made an LR image from an HR image that has changed since."""
     if hr and Stamp.read(lr).is_downscaled:
         check_source(lr, hr, tiles.SLICE_AGAIN)
 
 
 def check_size(hr: Path, lr: Path) -> None:
-    """Raises ImageError unless an image is `SCALE` times as large as LR, but for a remainder."""
+    """Raises ImageError unless an image has `SCALE` times the size of LR, or little more."""
     hr_size, lr_size = images.image_size(hr), images.image_size(lr)
     if tuple(side // tiles.SCALE for side in hr_size) != lr_size:
-        raise ImageError(f"{hr}: is not {tiles.SCALE} times the size of {lr}; replace either")
+        raise ImageError(f"{hr}: is not {tiles.SCALE} times the size of {lr}; replace one of them")
 
 
-def check_tiles(lr: Path, found: dict[tiles.Position, Path]) -> tiles.Grid:
+def checked_grid(lr: Path, found: dict[tiles.Position, Path]) -> tiles.Grid:
     """Returns the grid of an LR image's tiles.
 
     Raises:

@@ -70,7 +70,7 @@ class Recipe:
 class Stage:
     """What one stage trains: its networks, `gen` and perhaps `dis`, on the device.
 
-    The HR generator, without edges, on squared error unless a stage says otherwise.
+    By default it trains the HR generator, without edges, on squared error.
     """
 
     recipe: Recipe
@@ -118,8 +118,8 @@ class Stage:
         trained = [each for each in self.networks[key].parameters() if each.requires_grad]
         return [{"params": trained, "factor": self.judge_rate if key == "dis" else 1.0}]
 
-    def add_discriminator(self, options: Namespace, width: int, **perceptual: object) -> None:
-        """Adds a discriminator, and the perceptual loss with arguments of its own."""
+    def add_judges(self, options: Namespace, width: int, **perceptual: object) -> None:
+        """Adds what judges images: a discriminator, and VGG19 with arguments of its own."""
         self.discriminator = self.add("dis", Discriminator(width))
         state = self.device.from_first(losses.vgg_state, options.vgg)
         self.perceptual = self.device.place(losses.PerceptualLoss(state, **perceptual))
@@ -134,7 +134,7 @@ class Stage:
         with self.device.autocast():
             return self.generator(batch["lr"])
 
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+    def loss_terms(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         """Returns the weighted terms of each network's loss, and scalars to log.
 
         Args:
@@ -143,11 +143,11 @@ class Stage:
         sr = self.generate(batch)
         return {"gen": {"mse": losses.squared_error(sr, batch["hr"])}}, {}
 
-    def enlarger(self, network: nn.Module) -> Enlarger:
+    def make_enlarger(self, network: nn.Module) -> Enlarger:
         """Returns what makes whole images with a generator, to validate it."""
         return Enlarger(network, self.edge_generator, self.device)
 
-    def enlarge(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
+    def upscale(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
         """Returns the HR image of an LR image, with the edges that the stage trains for."""
         return enlarger(lr)
 
@@ -157,7 +157,7 @@ class Stage:
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns a generator's metrics for one LR and HR image, uint8."""
-        return self.compare(self.enlarge(enlarger, lr, hr), hr)
+        return self.compare(self.upscale(enlarger, lr, hr), hr)
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics to beat: those of the LR image, or its edges, enlarged plainly."""
@@ -167,7 +167,7 @@ class Stage:
         """Returns what to look at of one LR and HR image: the image, the edges, or both."""
         found = {}
         if enlarger.generator:
-            columns = [images.repeat(lr, SCALE), self.enlarge(enlarger, lr, hr), hr]
+            columns = [images.repeat(lr, SCALE), self.upscale(enlarger, lr, hr), hr]
             found["LR, generated, HR"] = columns
         if enlarger.edge_generator:
             plain, true = images.repeat(images.canny(lr), SCALE), images.canny(hr)
@@ -217,17 +217,17 @@ class EdgePreModel(Stage):
         with self.device.autocast():
             return self.generator.logits(batch["lr"], batch["lr_edges"])
 
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+    def loss_terms(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         logits = self.logits(batch)
         terms = {"cross-entropy": losses.edge_cross_entropy(logits, batch["hr_edges"])}
         return {"gen": terms}, self.scalars(logits.sigmoid(), batch)
 
-    def scalars(self, edges: Tensor, batch: Batch) -> Metrics:
+    def scalars(self, edges: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Returns precision and recall of a batch, exact to the pixel."""
         precision, recall = metrics.precision_recall(edges, batch["hr_edges"])
         return {"edges/precision": precision, "edges/recall": recall}
 
-    def enlarger(self, network: nn.Module) -> Enlarger:
+    def make_enlarger(self, network: nn.Module) -> Enlarger:
         return Enlarger(None, network, self.device)
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
@@ -252,7 +252,7 @@ class EdgeModel(EdgePreModel):
         width = self.generator.arguments["width"]
         self.discriminator = self.add("dis", EdgeDiscriminator(width))
 
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+    def loss_terms(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         edges = self.logits(batch).sigmoid()
         with self.device.autocast():
             answers = judge(self.discriminator, batch["hr_edges"], edges, batch["hr"])
@@ -296,9 +296,9 @@ class SRGANModel(SRResNetModel):
         super().__init__(recipe, options, device)
         width = self.generator.arguments["width"] // 2  # a full one wins, and slows a step by 40 %
         layers = losses.RELU1_2, losses.RELU2_2, losses.RELU3_1
-        self.add_discriminator(options, width, layers=layers, distance=F.l1_loss, smooth=True)
+        self.add_judges(options, width, layers=layers, distance=F.l1_loss, smooth=True)
 
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+    def loss_terms(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         hr = batch["hr"]
         sr = self.generate(batch)
         on_hr, on_detached, on_sr, perceptual = self.answers(sr, hr)
@@ -315,7 +315,7 @@ class SRGANModel(SRResNetModel):
 
 
 class EdgeStageModel(Stage):
-    """The edge stage alone, on ground-truth edges, after the trained trunk, which is frozen."""
+    """The HR generator's edge stage alone, on ground-truth edges; the trained trunk is frozen."""
 
     name = publishes = "EdgeStageModel"
     kinds = SRResNet, Generator
@@ -324,7 +324,7 @@ class EdgeStageModel(Stage):
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
-        for module in trunk(self.generator):
+        for module in trunk_modules(self.generator):
             module.requires_grad_(False).eval()
 
     def start(self, options: Namespace) -> nn.Module:
@@ -335,11 +335,11 @@ class EdgeStageModel(Stage):
         with self.device.autocast():
             return self.generator(batch["lr"], batch["hr_edges"])
 
-    def enlarge(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
+    def upscale(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
         return with_true_edges(enlarger, lr, hr)
 
 
-def trunk(generator: Generator) -> list[nn.Module]:
+def trunk_modules(generator: Generator) -> list[nn.Module]:
     """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
     edge_stage = [*generator.edge_stage, generator.prelu]
     return [module for module in generator.children() if module not in edge_stage]
@@ -367,7 +367,9 @@ class PreModel(Stage):
         (group,), rate = super().parameter_groups(key), self.recipe.trunk_rate
         if key != "gen" or rate == 1:
             return [group]
-        slower = dict.fromkeys(p for each in trunk(self.generator) for p in each.parameters())
+        slower = dict.fromkeys(
+            p for each in trunk_modules(self.generator) for p in each.parameters()
+        )
         rest = [p for p in group["params"] if p not in slower]
         return [group | {"params": rest}, group | {"params": [*slower], "factor": rate}]
 
@@ -401,16 +403,16 @@ class SRModel(PreModel):
         learning_rate=1e-4,
         betas=(0.9, 0.999),
         schedule=halving,
-        live_norms=0,  # crops are recoloured, images are not
+        live_norms=0,  # recoloured crops have other statistics than photographs
         color=True,
         true_edges=0.5,
     )
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
-        self.add_discriminator(options, self.generator.arguments["width"])
+        self.add_judges(options, self.generator.arguments["width"])
 
-    def losses(self, batch: Batch) -> tuple[Losses, Metrics]:
+    def loss_terms(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         hr = batch["hr"]
         sr = self.generate(batch)
         on_hr, on_detached, on_sr, perceptual = self.answers(sr, hr)

@@ -85,7 +85,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
     parts = {**networks, "ema": ema, **{f"{key} adam": each for key, each in optimizers.items()}}
 
     # Resume, or start from scratch in a new folder
-    settings = describe(stage, options, dataset, list(held_out))
+    settings = run_settings(stage, options, dataset, list(held_out))
     folder, state, settings = device.from_first(checkpoints.begin, stage, options, settings)
     done = Progress(**state.get("progress", {}))
     if state:
@@ -93,7 +93,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
     save = partial(checkpoints.save, folder, parts, done, settings)
 
     # What is to be trained, and what to compare it with
-    fewer = " (at most a quarter)" * (len(held_out) < options.held_out)
+    fewer = " (a quarter of the images at most)" * (len(held_out) < options.held_out)
     device.info(
         f"{stage.name}: {device.describe()}; {len(dataset.names)} images as {len(dataset)} tiles;"
         f" {len(held_out)} held out{fewer}; {recipe.steps} steps of {crops_per_step} crops"
@@ -149,7 +149,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
                 for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
-                    all_terms, scalars = stage.losses(batch)
+                    all_terms, scalars = stage.loss_terms(batch)
                     for terms in all_terms.values():
                         terms["sum"] = sum(terms.values())
                         (terms["sum"] / recipe.accumulate).backward()
@@ -195,7 +195,9 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
 # Settings -------------------------------------------------------------------------------------
 
 
-def describe(stage: Stage, options: Namespace, dataset: PairedTiles, held_out: list[str]) -> dict:
+def run_settings(
+    stage: Stage, options: Namespace, dataset: PairedTiles, held_out: list[str]
+) -> dict:
     """Returns the settings that a resumed training must share with the interrupted one."""
     recipe, device = stage.recipe, stage.device
     values = asdict(recipe) | {"schedule": recipe.schedule.__name__}
@@ -238,7 +240,7 @@ def load_batches(
         if not options.workers:
             raise
         reason = str(error).strip().splitlines()[-1].partition(". ")[0]
-        yield UserError(f"Processes that load data failed ({reason}); give --workers 0")
+        yield UserError(f"The data-loading processes failed ({reason}); give --workers 0")
 
 
 def collate(items: list[dict | Exception]) -> Batch | Exception:
@@ -284,7 +286,7 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
 
 def validate(stage: Stage, network: nn.Module, held_out: Pairs) -> Metrics:
     """Returns a generator's mean metrics of the held-out images, {} without any."""
-    enlarger = stage.enlarger(network)
+    enlarger = stage.make_enlarger(network)
     return measure(stage, held_out, partial(stage.validate, enlarger))
 
 
@@ -328,7 +330,7 @@ class Log(contextlib.AbstractContextManager):
     """Progress bar and TensorBoard curves of a training; both in the first process only.
 
     What the stage is compared with is a run of its own, a flat line in the same charts. Where
-    curves cannot be written, training goes on without them.
+    curves cannot be written, training continues without them.
     """
 
     def __init__(self, stage: Stage, folder: Path, settings: dict, done: Progress) -> None:
@@ -366,7 +368,9 @@ class Log(contextlib.AbstractContextManager):
             yield
         except Exception as error:  # whatever TensorBoard raises
             self.writers = []
-            console.warn(f"No more curves, training goes on: {console.one_line(error)}")
+            console.warn(
+                f"No more curves in TensorBoard, training continues: {console.one_line(error)}"
+            )
 
     def restart(self) -> None:
         """Resets the means and the timer."""
@@ -404,7 +408,7 @@ class Log(contextlib.AbstractContextManager):
         """Logs what a generator makes of the middles of some images, side by side."""
         if not self.writers:
             return
-        enlarger, rows = stage.enlarger(network), defaultdict(list)
+        enlarger, rows = stage.make_enlarger(network), defaultdict(list)
         for lr_path, hr_path in list(pairs.values())[:SAMPLES]:
             lr = images.read_image(lr_path)
             if min(lr.shape[:2]) < SAMPLE_SIDE:
@@ -425,7 +429,7 @@ class Log(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def interruptible(notice: bool) -> Iterator[list[int]]:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into entries of the list it gives; a second acts at once.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into entries of the list it yields; a second acts at once.
 
     Args:
         notice: tell the user that training will stop, which can take a validation's time.

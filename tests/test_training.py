@@ -123,15 +123,15 @@ class Killed(BaseException):
 
 def stop_at(monkeypatch, kind, number, action):
     """Has a stage call `action` before its batch number `number`, from 0, once."""
-    original, seen = kind.losses, []
+    original, seen = kind.loss_terms, []
 
-    def losses(self, batch):
+    def loss_terms(self, batch):
         seen.append(batch)
         if type(self) is kind and len(seen) == number + 1:
             action()
         return original(self, batch)
 
-    monkeypatch.setattr(kind, "losses", losses)
+    monkeypatch.setattr(kind, "loss_terms", loss_terms)
 
 
 def interrupted_at(monkeypatch, kind, number, options):
@@ -314,7 +314,7 @@ def test_a_training_says_what_it_trains_on_and_what_came_of_it(given, folder, ca
         "EdgePreModel: CPU",
         "3 images",
         "12 tiles",
-        "1 held out (at most a quarter)",
+        "1 held out (a quarter of the images at most)",
         "4 steps",
     ):
         assert words in first
@@ -718,7 +718,7 @@ def not_finite(content):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda good: {"step": 9, "gen": {}}, "not a state"),
+        (lambda good: {"step": 9, "gen": {}}, "not the state"),
         (lambda good: good | {"parts": good["parts"] | {"gen": {}}}, "does not fit"),
         (not_finite, "not finite"),
         (None, "damaged"),
@@ -903,15 +903,15 @@ def test_diverged_training_stops_and_keeps_the_last_good_files(folder, given, re
 def test_loss_that_is_not_finite_in_one_batch_stops_the_training(
     folder, given, refused, monkeypatch
 ):
-    original, count = SRModel.losses, itertools.count()
+    original, count = SRModel.loss_terms, itertools.count()
 
-    def losses(self, batch):
+    def loss_terms(self, batch):
         terms, scalars = original(self, batch)
         if next(count) == 4:
             terms["dis"]["cross-entropy"] = terms["dis"]["cross-entropy"] * math.nan
         return terms, scalars
 
-    monkeypatch.setattr(SRModel, "losses", losses)
+    monkeypatch.setattr(SRModel, "loss_terms", loss_terms)
     monkeypatch.setattr(training, "LOG_EVERY", 4)
     line = refused(SRModel, given(SRModel, steps=100))
     assert "SRModel: not finite at step 4" in line
@@ -1043,7 +1043,7 @@ def gradients(options, root, device):
     for kind in (EdgeModel, PreModel, SRModel):
         torch.manual_seed(3)
         stage = kind(kind.recipe, options, device)
-        losses, _ = stage.losses({key: device.send(value) for key, value in mine.items()})
+        losses, _ = stage.loss_terms({key: device.send(value) for key, value in mine.items()})
         for terms in losses.values():
             sum(terms.values()).backward()
         device.average_gradients(stage.networks.values())
