@@ -14,6 +14,7 @@ from models import EdgeGenerator, Generator, SRResNet
 WRAPPERS = ("generator", "params_ema", "ema", "params", "state_dict", "model_state_dict")
 WRAPPERS += ("model", "net", "parts")
 PREFIXES = r"^((module|_orig_mod|model|generator|net_g)\.)+"  # DataParallel, torch.compile, ...
+NUMBERED = r"^residual_block(_edges)?(\d+)\.(.*)"  # as Edge.SRGAN does, from 1
 ANOTHER = "give another file"
 
 
@@ -22,17 +23,12 @@ def save_network(network: nn.Module, path: Path) -> None:
 
     They are contiguous and on the CPU, so that any program can read them.
     """
-    state = {
-        key: to_half(value.cpu()).clone(memory_format=torch.contiguous_format)
-        for key, value in network.state_dict().items()
-    }
+    state = {}
+    for key, value in network.state_dict().items():
+        half = value.half() if value.ndim > 1 else value
+        kept = half if half.isfinite().all() else value  # too large for it
+        state[key] = kept.cpu().clone(memory_format=torch.contiguous_format)
     save_file({"network": type(network).__name__, "state_dict": state}, path)
-
-
-def to_half(value: Tensor) -> Tensor:
-    """Returns a tensor in half precision unless it is a vector, or too large for it."""
-    half = value.half() if value.ndim > 1 else value
-    return half if half.isfinite().all() else value
 
 
 def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
@@ -69,27 +65,20 @@ def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module
 
 def load_state(path: Path) -> dict[str, Tensor]:
     """Returns the state dict in a weight file, by its current keys; all of it is finite."""
-    state = unwrap(load_file(path, "train it first, or " + ANOTHER))
-    if not state:
-        raise UserError(f"{path}: holds no state dict; {ANOTHER}")
-    if damaged := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{path}: {damaged[0]} is not finite; give a file from before that")
-    return {current_key(key): value for key, value in state.items()}
-
-
-def unwrap(content: dict) -> dict[str, Tensor]:
-    """Returns the state dict somewhere in a file's content, keys without prefixes; else {}."""
+    content = load_file(path, "train it first, or " + ANOTHER)
     while inner := [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]:
         content = inner[0]
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-        return {}
-    return {re.sub(PREFIXES, "", key): value for key, value in content.items()}
-
-
-def current_key(key: str) -> str:
-    """Returns a weight's name here for its name in a file that Edge.SRGAN wrote."""
-    number = r"^residual_block(_edges)?(\d+)\."
-    return re.sub(number, lambda m: f"residual_blocks{m[1] or ''}.{int(m[2]) - 1}.", key)
+    state = {}
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise UserError(f"{path}: holds no state dict; {ANOTHER}")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} is not finite; give a file from before that")
+        name = re.sub(PREFIXES, "", key)
+        match = re.match(NUMBERED, name)
+        name = f"residual_blocks{match[1] or ''}.{int(match[2]) - 1}.{match[3]}" if match else name
+        state[name] = value
+    return state
 
 
 def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module]) -> nn.Module:
