@@ -58,10 +58,8 @@ class Device:
 
     def autocast(self) -> torch.autocast:
         """Returns the context to run networks in."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(
-            self.torch_device.type, self.dtype if enabled else None, enabled=enabled
-        )
+        kind, enabled = self.torch_device.type, self.dtype != torch.float32
+        return torch.autocast(kind, self.dtype, enabled=enabled)
 
     def place(self, network: nn.Module) -> nn.Module:
         """Moves a network to the device, in the memory layout convolutions are fastest in."""
@@ -73,15 +71,6 @@ class Device:
         if tensor.dtype == torch.uint8:
             tensor = tensor / 255
         return tensor.contiguous(memory_format=self.layout) if tensor.ndim == 4 else tensor
-
-    def tune_kernels(self, enabled: bool) -> None:
-        """Lets cuDNN time its kernels for every new shape, which pays off where shapes repeat."""
-        torch.backends.cudnn.benchmark = enabled
-
-    def free_bytes(self) -> int | None:
-        """Returns the device's free memory; None where it shares the CPU's."""
-        cuda = self.torch_device.type == "cuda"
-        return torch.cuda.mem_get_info(self.torch_device)[0] if cuda else None
 
     def gather(self, items: list) -> list:
         """Returns the items of all processes, in all of them."""

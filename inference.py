@@ -45,9 +45,9 @@ class Windows:
     @classmethod
     def of(cls, device: Device) -> "Windows":
         """Returns the windows that suit a device: on a GPU, what half of its free memory holds."""
-        free = device.free_bytes()
-        if free is None:
+        if device.torch_device.type != "cuda":
             return cls()
+        free, _ = torch.cuda.mem_get_info(device.torch_device)
         side = int((free / 2 / BYTES_PER_PIXEL / (device.dtype.itemsize / 2)) ** 0.5)
         side = max(SMALLEST_WINDOW, min(side, LARGEST_WINDOW))
         return cls(side, side, side)
@@ -169,7 +169,7 @@ class Enlarger:
         area = full_area(lr.shape)
         edges = np.empty(shape_of(scaled(area)), np.uint8)
         places = list(windows(area, self.windows.edges, EDGE_HALO, lr.shape))
-        self.device.tune_kernels(len(places) > 1)
+        torch.backends.cudnn.benchmark = len(places) > 1  # kernels are timed for every new shape
         for core, seen in places:
             around = grow(seen, images.CANNY_REACH, lr.shape)
             lr_edges = images.canny(lr[around])[within(seen, around)]
@@ -187,7 +187,7 @@ class Enlarger:
         area = full_area(lr.shape)
         hr = np.empty((*shape_of(scaled(area)), 3), np.uint8)
         places = list(windows(area, self.windows.trunk, TRUNK_HALO, lr.shape))
-        self.device.tune_kernels(len(places) > 1)
+        torch.backends.cudnn.benchmark = len(places) > 1  # kernels are timed for every new shape
         for block, seen in places:
             with self.device.autocast():
                 features = self.generator.trunk(self.device.send(to_tensor(lr[seen])))

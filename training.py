@@ -145,7 +145,8 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
                     for module in networks["gen"].modules():
                         if isinstance(module, nn.BatchNorm2d):
                             module.eval()  # keeps its statistics, as when the generator is used
-                device.tune_kernels(len(set(recipe.crops)) == 1)  # validation has set it otherwise
+                one_shape = len(set(recipe.crops)) == 1
+                torch.backends.cudnn.benchmark = one_shape  # validation has set it otherwise
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
                 for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
