@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,7 @@ def full_area(shape: tuple[int, ...]) -> Area:
 
 def shape_of(area: Area) -> tuple[int, int]:
     """Returns the height and width of an area."""
-    rows, cols = area
-    return rows.stop - rows.start, cols.stop - cols.start
+    return tuple(side.stop - side.start for side in area)
 
 
 def windows(
@@ -54,12 +53,9 @@ def windows(
         halo: pixels around a core, as far as an image of `shape` reaches.
     """
     outer = grow(area, halo, shape)
-    rows, cols = (
-        list(_windows_along(*sides, size, halo)) for sides in zip(area, outer, strict=True)
-    )
-    for row, seen_rows in rows:
-        for col, seen_cols in cols:
-            yield (row, col), (seen_rows, seen_cols)
+    sides = (_windows_along(*each, size, halo) for each in zip(area, outer, strict=True))
+    for (row, seen_rows), (col, seen_cols) in product(*sides):
+        yield (row, col), (seen_rows, seen_cols)
 
 
 def _windows_along(
@@ -80,26 +76,23 @@ def _windows_along(
 
 def grow(area: Area, halo: int, shape: tuple[int, ...]) -> Area:
     """Returns the area and `halo` pixels around it, as far as an image of `shape` reaches."""
-    rows, cols = (
+    return tuple(
         slice(max(side.start - halo, 0), min(side.stop + halo, length))
         for side, length in zip(area, shape[:2], strict=True)
     )
-    return rows, cols
 
 
 def within(area: Area, outer: Area) -> Area:
     """Returns where an area lies in an array that holds only `outer`."""
-    rows, cols = (
+    return tuple(
         slice(side.start - around.start, side.stop - around.start)
         for side, around in zip(area, outer, strict=True)
     )
-    return rows, cols
 
 
 def scaled(area: Area, scale: int = SCALE) -> Area:
     """Returns the area that an LR area covers in an image `scale` times as large."""
-    rows, cols = (slice(scale * side.start, scale * side.stop) for side in area)
-    return rows, cols
+    return tuple(slice(scale * side.start, scale * side.stop) for side in area)
 
 
 # The grid of tiles ----------------------------------------------------------------------------
@@ -144,15 +137,15 @@ class Grid:
 
     def __iter__(self) -> Iterator[Position]:
         """Yields every (row, col), both counted from 1."""
-        return ((r, c) for r in range(1, self.tiles + 1) for c in range(1, self.tiles + 1))
+        return product(range(1, self.tiles + 1), repeat=2)
 
     def cell(self, row: int, col: int, scale: int = 1) -> Area:
         """Returns the area between tile (row, col)'s cut lines at `scale` times the LR size."""
-        rows, cols = (
+        area = (
             slice(length * (number - 1) // self.tiles, length * number // self.tiles)
             for length, number in ((self.height, row), (self.width, col))
         )
-        return scaled((rows, cols), scale)
+        return scaled(area, scale)
 
     def tile_shape(self, row: int, col: int, scale: int = 1) -> tuple[int, int]:
         """Returns the height and width of tile (row, col), overlap included."""
@@ -221,24 +214,18 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     In an LR folder `0001x4.png`, as benchmark sets have it, gets the id of `0001.png` in the HR
     folder beside, unless either folder has another image that this id or name belongs to.
     """
-    found, problems = _list_images(folder)
-    if folder.name == LR:
-        hr, _ = _list_images(folder.with_name(HR))
-        for name in list(found):
-            plain = name.removesuffix(f"x{SCALE}")
-            if plain in hr and plain not in found and name not in hr:
-                found[plain] = found.pop(name)
-    return dict(sorted(found.items())), problems
-
-
-def _list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     listed, problems = select_images(path for path in paths if not path.name.startswith("."))
     found: dict[str, Path] = {}
     for path in listed:
         if (twin := found.setdefault(image_id(path), path)) != path:
             problems.append(f"{path}: has the same id as {twin.name}; rename one of them")
-    return found, problems
+    hr = find_images(folder.with_name(HR))[0] if folder.name == LR else {}
+    for name in list(found):
+        plain = name.removesuffix(f"x{SCALE}")
+        if plain in hr and plain not in found and name not in hr:
+            found[plain] = found.pop(name)
+    return dict(sorted(found.items())), problems
 
 
 def walk(folder: Path, recursive: bool = False) -> Iterator[Path]:
