@@ -58,11 +58,10 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
             path = lr.get(name) or hr[name]
             raise ImageError(f"{path}: not sliced, or without a partner; {tiles.SLICE_AGAIN}")
     pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
-    firsts = {name: [min(found[name].items())[1] for found in (lr_tiles, hr_tiles)] for name in lr}
     jobs = [
-        (tile, image, tiles.SLICE_AGAIN)
+        (min(found[name].items())[1], paths[name], tiles.SLICE_AGAIN)
         for name in pairs
-        for image, tile in zip(pairs[name], firsts[name], strict=True)
+        for found, paths in ((lr_tiles, lr), (hr_tiles, hr))
     ]
     in_threads(pipeline.check_source, jobs, "Checking tiles")
     names, most = list(pairs), min(held_out, len(pairs) // 4)
@@ -197,9 +196,8 @@ class PairedTiles(Dataset):
     def crop(self, request: CropRequest) -> dict[str, Tensor]:
         """Returns the item for a request."""
         rng = np.random.default_rng((*request.seed, 2))
-        number = request.tile
-        loaded = self.in_memory[number] if self.in_memory else load_pair(*self.pairs[number])
-        lr, hr, *hr_edges = loaded
+        known, tile = self.in_memory, request.tile
+        lr, hr, *hr_edges = known[tile] if known else load_pair(*self.pairs[tile])
         height, width, _ = lr.shape
         top = int(rng.integers(height - request.size + 1))
         left = int(rng.integers(width - request.size + 1))
@@ -212,7 +210,9 @@ class PairedTiles(Dataset):
         area = slice(top, top + request.size), slice(left, left + request.size)
         quality = quality if compressed else None
         item = crop_pair(lr, hr, area, self.edges, changes, quality, *hr_edges)
-        item = {key: turn(value, flip, turns).contiguous() for key, value in item.items()}
+        for key, value in item.items():
+            mirrored = value.flip(-1) if flip else value
+            item[key] = torch.rot90(mirrored, turns, (-2, -1)).contiguous()
         return item | {"softness": softness}
 
 
@@ -286,8 +286,3 @@ def through_jpeg(image: Tensor, quality: int) -> Tensor:
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
     decoded = torch.from_numpy(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     return decoded.permute(2, 0, 1).flip(0)
-
-
-def turn(image: Tensor, flip: bool, turns: int) -> Tensor:
-    """Returns a (C, H, W) image, mirrored left to right if asked to, then turned by quarters."""
-    return torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
