@@ -321,50 +321,46 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         ImageError: the image is too large for the format.
     """
     file_format, options = RESULTS[path.suffix.lower()]
-    height, width = sr.shape[:2]
-    if max(height, width) > LONGEST.get(file_format, math.inf):
-        raise console.ImageError(f"{path}: {width}x{height} pixels are too many; take .png")
+    size, notes = sr.shape[1::-1], []
+    if max(size) > LONGEST.get(file_format, math.inf):
+        raise console.ImageError(f"{path}: {size[0]}x{size[1]} pixels are too many; take .png")
     if photo.gray and (photo.icc or b"")[16:20] != b"RGB ":
         sr = np.ascontiguousarray(sr[..., 0])
     only_pillow = photo.alpha is not None or photo.xmp or photo.text or photo.dpi
     if file_format == "PNG" and not only_pillow:
         write_png(path, sr, stamp, photo.exif, photo.icc)
-        return []
-    image = _with_alpha(Image.fromarray(sr), photo.alpha, on_white=file_format == "JPEG")
-    carried, notes = _carried(file_format, image, photo, stamp)
-    with files.replacing(path) as temporary:
-        image.save(temporary, file_format, **options, **carried)
-    return notes
+        return notes
 
+    # The pixels
+    image = Image.fromarray(sr)
+    if photo.alpha is not None:
+        alpha = Image.fromarray(photo.alpha).resize(size, Image.Resampling.BICUBIC)
+        if file_format == "JPEG":
+            image = Image.composite(image, Image.new(image.mode, size, "white"), alpha)
+            notes.append("JPEG has no transparency; it is white instead")
+        else:
+            image.putalpha(alpha)
 
-def _with_alpha(image: Image.Image, alpha: np.ndarray | None, on_white: bool) -> Image.Image:
-    """Returns a result with an LR image's alpha, enlarged, or on white instead."""
-    if alpha is not None:
-        enlarged = Image.fromarray(alpha).resize(image.size, Image.Resampling.BICUBIC)
-        if on_white:
-            return Image.composite(image, Image.new(image.mode, image.size, "white"), enlarged)
-        image.putalpha(enlarged)
-    return image
-
-
-def _carried(
-    file_format: str, image: Image.Image, photo: Photo, stamp: str
-) -> tuple[dict[str, object], list[str]]:
-    """Returns Pillow's options for what belongs to a result, and notes on what does not fit."""
-    notes, exif = [], metadata.result_exif(photo.exif, image.size, stamp)
+    # What goes with them
+    exif = metadata.result_exif(photo.exif, size, stamp)
     carried = {"exif": exif, "xmp": photo.xmp, "icc_profile": photo.icc, "dpi": photo.dpi}
     if file_format == "PNG":
-        carried["pnginfo"] = metadata.png_info(photo.xmp, photo.text)
+        carried["pnginfo"] = chunks = PngImagePlugin.PngInfo()
+        if photo.xmp:
+            chunks.add_itxt(metadata.PNG_XMP, photo.xmp)
+        for key, value in photo.text.items():
+            chunks.add_text(key, value)
     elif photo.text:
         notes.append(f"only .png keeps its texts: {', '.join(photo.text)}")
     if file_format == "TIFF" and photo.xmp:
         exif[metadata.XMP] = photo.xmp
-    if file_format == "JPEG" and photo.alpha is not None:
-        notes.append("JPEG has no transparency; it is white instead")
     if file_format == "JPEG" and max(len(exif.tobytes()), len(photo.xmp or b"")) > JPEG_SEGMENT:
         notes.append("its EXIF data or XMP are too long for JPEG; both are left out")
-        carried |= {"exif": metadata.result_exif(None, image.size, stamp), "xmp": None}
-    return {key: value for key, value in carried.items() if value}, notes
+        carried |= {"exif": metadata.result_exif(None, size, stamp), "xmp": None}
+    carried = {key: value for key, value in carried.items() if value}
+    with files.replacing(path) as temporary:
+        image.save(temporary, file_format, **options, **carried)
+    return notes
 
 
 # Pixels ---------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from copy import deepcopy
 from numbers import Real
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 STAMP = 0x9213  # ImageHistory, an EXIF tag: every format that is written has EXIF data
 ORIENTATION, XMP = 0x0112, 700
@@ -106,13 +105,3 @@ def dpi_of(image: Image.Image) -> tuple[float, float] | None:
         case (Real() as x, Real() as y) if 1 < x <= 65535 and 1 < y <= 65535:
             return float(x), float(y)
     return None
-
-
-def png_info(xmp: bytes | None, texts: dict[str, str]) -> PngInfo:
-    """Returns the chunks of XMP and texts."""
-    info = PngInfo()
-    if xmp:
-        info.add_itxt(PNG_XMP, xmp)
-    for key, value in texts.items():
-        info.add_text(key, value)
-    return info
