@@ -78,6 +78,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
 # Edges ----------------------------------------------------------------------------------------
 
 
+def normalised(conv: nn.Module) -> list[nn.Module]:
+    """Returns a convolution with spectral norm, instance norm and ReLU, as its paper has them."""
+    return [spectral_norm(conv), InstanceNorm(conv.out_channels), nn.ReLU(inplace=True)]
+
+
 class EdgeGenerator(nn.Module):
     """Predicts the HR image's Canny edges from the LR image and its Canny edges.
 
@@ -91,24 +96,14 @@ class EdgeGenerator(nn.Module):
         self.arguments = {"width": width, "blocks": blocks}
         self.encoder = nn.Sequential(
             nn.ReflectionPad2d(3),
-            spectral_norm(nn.Conv2d(4, width, 7)),
-            InstanceNorm(width),
-            nn.ReLU(inplace=True),
-            spectral_norm(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)),
-            InstanceNorm(2 * width),
-            nn.ReLU(inplace=True),
-            spectral_norm(nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1)),
-            InstanceNorm(4 * width),
-            nn.ReLU(inplace=True),
+            *normalised(nn.Conv2d(4, width, 7)),
+            *normalised(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)),
+            *normalised(nn.Conv2d(2 * width, 4 * width, 4, stride=2, padding=1)),
         )
         self.middle = nn.Sequential(*(EdgeResidualBlock(4 * width) for _ in range(blocks)))
         self.decoder = nn.Sequential(
-            spectral_norm(nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1)),
-            InstanceNorm(2 * width),
-            nn.ReLU(inplace=True),
-            spectral_norm(nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)),
-            InstanceNorm(width),
-            nn.ReLU(inplace=True),
+            *normalised(nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1)),
+            *normalised(nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)),
             nn.ReflectionPad2d(3),
             FewChannelConv(width, 1, 7),
         )
@@ -131,12 +126,9 @@ class EdgeResidualBlock(nn.Module):
         super().__init__()
         self.conv_block = nn.Sequential(
             nn.ReflectionPad2d(2),
-            spectral_norm(nn.Conv2d(channels, channels, 3, dilation=2, bias=False)),
-            InstanceNorm(channels),
-            nn.ReLU(inplace=True),
+            *normalised(nn.Conv2d(channels, channels, 3, dilation=2, bias=False)),
             nn.ReflectionPad2d(1),
-            spectral_norm(nn.Conv2d(channels, channels, 3, bias=False)),
-            InstanceNorm(channels),
+            *normalised(nn.Conv2d(channels, channels, 3, bias=False))[:2],
         )
 
     def forward(self, x: Tensor) -> Tensor:
