@@ -93,18 +93,11 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Puts PyTorch's layers in place of those that this repository made for speed."""
-    target = next(network.parameters()).device
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, models.FewChannelConv):
-                sizes = child.in_channels, child.out_channels, child.kernel_size
-                setattr(module, name, nn.Conv2d(*sizes, padding=child.padding))
-            elif isinstance(child, models.InstanceNorm):
-                setattr(module, name, nn.InstanceNorm2d(child.num_features))
-            elif isinstance(child, models.PReLU):
-                setattr(module, name, nn.PReLU())
-    return network.to(target)
+    """Turns the layers that this repository made for speed into PyTorch's, their base classes."""
+    for module in network.modules():
+        if isinstance(module, models.FewChannelConv | models.InstanceNorm | models.PReLU):
+            module.__class__ = type(module).__base__
+    return network
 
 
 # What is measured, each in seconds ------------------------------------------------------------
