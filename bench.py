@@ -8,14 +8,13 @@ PyTorch's default memory layout and layers, batch and spectral norm computed ane
 ours by turns; medians are printed.
 """
 
-import argparse
-import json
 import resource
-import subprocess
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from statistics import median
 
 import numpy as np
@@ -44,42 +43,36 @@ def main() -> None:
     add("--repeats", type=console.count, default=3, help="runs of each measurement")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of our way")
-    add("--measure", choices=MEASURES, help=argparse.SUPPRESS)
-    add("--plain", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        measure(options)
-        return
-
     line = "{:16} {:>10} {:>10} {:>8} {:>11}".format
     console.info(line("", "plain", "ours", "ratio", "memory"))
     for name in MEASURES:
-        command = [sys.executable, __file__, "--measure", name, "--device", options.device]
-        command += ["--precision", options.precision]
-        runs = [(run([*command, "--plain"]), run(command)) for _ in range(options.repeats)]
+        runs = [
+            [run(measure, name, plain, options) for plain in (True, False)]
+            for _ in range(options.repeats)
+        ]
         plain, ours = (median(each[way][0] for each in runs) for way in (0, 1))
         used = median(each[1][1] for each in runs) / 2**20
         times = f"{plain:.3g} s", f"{ours:.3g} s", f"{plain / ours:.1f}x"
         console.info(line(name, *times, f"{used:.0f} MiB"))
 
 
-def run(command: list[str]) -> list[float]:
-    """Runs one measurement and returns the seconds and bytes that it prints in its last line."""
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def run(function: Callable[..., tuple], *arguments: object) -> tuple:
+    """Returns what a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Prints the seconds of one measurement and the most bytes that this process has used."""
+def measure(name: str, plain: bool, options: Namespace) -> tuple[float, int]:
+    """Returns the seconds of one measurement and the most bytes that this process has used."""
     kind = device.choose_kind(options.device)
-    if options.plain:
+    if plain:
         on = device.Device(torch.device(kind))  # without what is done for speed
     else:
-        training = options.measure == "training step"
-        on = device.open_device(options.device, options.precision, training)
-    seconds = MEASURES[options.measure](on, options.plain)
+        on = device.open_device(options.device, options.precision, name == "training step")
+    seconds = MEASURES[name](on, plain)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-    print(json.dumps([seconds, torch.cuda.max_memory_allocated() if kind == "cuda" else used]))
+    return seconds, torch.cuda.max_memory_allocated() if kind == "cuda" else used
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -23,10 +24,7 @@ def test_everything_is_measured(name, plain):
 
 
 def test_the_columns_of_the_table_stay_apart(monkeypatch, capsys):
-    class Done:
-        stdout = "printed before\n[123456.789, 99999999999]\n"
-
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: Done)
+    monkeypatch.setattr(bench, "run", lambda *_: (123456.789, 99999999999))
     monkeypatch.setattr(sys, "argv", ["bench.py", "--repeats", "1", "--device", "cpu"])
     bench.main()
     title, *lines = capsys.readouterr().out.splitlines()
@@ -56,3 +54,7 @@ def test_the_plain_layers_compute_the_same(network, inputs):
         assert torch.allclose(plain.eval()(*batch), network.eval()(*batch), atol=1e-5)
     fast = models.FewChannelConv | models.InstanceNorm | models.PReLU
     assert not any(isinstance(each, fast) for each in plain.modules())
+
+
+def test_every_measurement_is_a_process_of_its_own():
+    assert len({os.getpid(), *(bench.run(os.getpid) for _ in range(2))}) == 3
