@@ -28,15 +28,8 @@ PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
     "rocket": (skimage.data.rocket, (0.45, 0.50)),
     "motorcycle": (lambda: skimage.data.stereo_motorcycle()[0], (0.50, 0.45)),
 }
-
-
-COMMANDS = (
-    "slice_images_w_overlapping.py",
-    "main.py test",
-    "join_slice_images.py",
-    "main.py edges",
-    "main.py evaluate",
-)
+COMMANDS = ["slice_images_w_overlapping.py", "main.py test", "join_slice_images.py"]
+COMMANDS += ["main.py edges", "main.py evaluate"]
 
 
 def main() -> None:
@@ -45,7 +38,11 @@ def main() -> None:
     for name, (load, _) in PHOTOGRAPHS.items():
         images.write_png(DEMO / TEST / HR / f"{name}.png", load())
     for command in COMMANDS:
-        run_script(*command.split())
+        print(f"\n$ python {command} --root {DEMO.name}", flush=True)
+        script, *given = command.split()
+        arguments = [sys.executable, console.ROOT / script, *given, "--root", DEMO]
+        if status := subprocess.run(arguments, check=False).returncode:
+            sys.exit(status)
     metrics = DEMO / TEST / LR / OUTPUT / JOINED / "metrics.csv"
     with metrics.open(newline="", encoding="utf-8") as file:
         table = {row["image"]: row for row in csv.DictReader(file)}
@@ -53,14 +50,6 @@ def main() -> None:
     sheet = DEMO / "comparison.png"
     images.write_png(sheet, draw_sheet(rows, [center for _, center in PHOTOGRAPHS.values()]))
     console.info(f"Look at {sheet}")
-
-
-def run_script(script: str, *command: str) -> None:
-    """Runs one of the scripts on the demo's folder, as a user would."""
-    print(f"\n$ python {' '.join([script, *command])} --root {DEMO.name}", flush=True)
-    arguments = [sys.executable, console.ROOT / script, *command, "--root", DEMO]
-    if status := subprocess.run(arguments, check=False).returncode:
-        sys.exit(status)
 
 
 def row_of(metrics: dict[str, str]) -> list[Cell]:
