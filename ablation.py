@@ -10,7 +10,6 @@ means, writes them to DIR/images.csv and DIR/edges.csv, and every image to DIR/{
 """
 
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,7 @@ import metrics
 import pipeline
 import tiles
 from console import UserError
-from device import Device, open_device, to_tensor
+from device import open_device, to_tensor
 from inference import Enlarger
 from metrics import Metrics
 from tiles import HR, LR, SCALE, TEST
@@ -56,12 +55,13 @@ def main() -> None:
         pipeline.check_hr_unchanged(lr_path, hr_path)
         pipeline.check_size(hr_path, lr_path)
 
-    tables: dict[str, dict[str, list[Metrics]]] = {
-        "images.csv": defaultdict(list),
-        "edges.csv": defaultdict(list),
-    }
-    device = open_device()
-    enlargers = load_enlargers(options.ckpts, device)
+    device, enlargers = open_device(), {}
+    edge_generator = files.weight_path(options.ckpts, "EdgeModel")
+    for title, stages in GENERATORS.items():
+        shares = {files.weight_path(options.ckpts, name): part for name, part in stages.items()}
+        if "SRGAN" not in stages or files.weight_path(options.ckpts, "SRGAN").exists():
+            enlargers[title] = Enlarger.load(shares, edge_generator, device)
+    tables: dict[str, dict[str, list[Metrics]]] = defaultdict(lambda: defaultdict(list))
     for name, paths in console.progress(pairs.items(), desc="Measuring", unit="image"):
         lr, hr = map(images.read_image, paths)
         hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
@@ -82,17 +82,6 @@ def main() -> None:
         metrics.print_table(rows)
         metrics.write_csv(output / file, rows)
     console.info(f"Look at {output}")
-
-
-def load_enlargers(ckpts: Path, device: Device) -> dict[str, Enlarger]:
-    """Returns the networks to compare by name; the SRGAN only if its weights are there."""
-    enlargers = {}
-    for title, shares in GENERATORS.items():
-        paths = {files.weight_path(ckpts, stage): share for stage, share in shares.items()}
-        if "SRGAN" not in shares or files.weight_path(ckpts, "SRGAN").exists():
-            edge_generator = files.weight_path(ckpts, "EdgeModel")
-            enlargers[title] = Enlarger.load(paths, edge_generator, device)
-    return enlargers
 
 
 def make_variants(
