@@ -169,18 +169,13 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
         """Returns a scalar, from images (N, 3, H, W) in [0, 1]; no gradient reaches `hr`."""
-        with torch.no_grad():
-            target = self._features(hr)
-        pairs = zip(self._features(sr), target, strict=True)
-        return sum(self.distance(found.float(), wanted.float()) for found, wanted in pairs)
-
-    def _features(self, image: Tensor) -> list[Tensor]:
-        x, found = (image - self.mean) / self.std, []
+        found, wanted = ((image - self.mean) / self.std for image in (sr, hr.detach()))
+        total = sr.new_zeros(())
         for i, layer in enumerate(self.features):
-            x = layer(x)
+            found, wanted = layer(found), layer(wanted)
             if i in self.layers:
-                found.append(x)
-        return found
+                total = total + self.distance(found.float(), wanted.float())
+        return total
 
 
 class L2Pool(nn.Module):
