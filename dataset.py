@@ -23,7 +23,7 @@ import images
 import pipeline
 import tiles
 from console import ImageError, UserError
-from tiles import HR, LR, SCALE, TRAINING
+from tiles import HR, LR, SCALE, TILES, TRAINING
 
 JPEG_QUALITIES = 60, 100
 
@@ -46,7 +46,7 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
             cut from it as it is now.
     """
     (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
-    lr_tiles, hr_tiles = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))
+    lr_tiles, hr_tiles = (tiles.find_tiles(root / TRAINING / size / TILES) for size in (LR, HR))
     if not (lr_tiles and lr and hr):
         raise ImageError(
             f"{root / TRAINING / HR}: nothing is sliced; put photographs there, then run"
@@ -68,11 +68,6 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     chosen = {names[i * len(names) // most] for i in range(most)}
     training = {name: pair for name, pair in pairs.items() if name not in chosen}
     return training, {name: pair for name, pair in pairs.items() if name in chosen}
-
-
-def tile_folder(root: Path, size: str) -> Path:
-    """Returns the folder of the training tiles of a size, `LR` or `HR`."""
-    return root / TRAINING / size / tiles.TILES
 
 
 def in_threads(work: Callable[..., T], jobs: Sequence[tuple], title: str) -> list[T]:
@@ -154,7 +149,7 @@ class PairedTiles(Dataset):
         edges: tuple[str, ...] = (),
     ) -> None:
         self.color, self.jpeg, self.edges = color, jpeg, edges
-        lr, hr = (tiles.find_tiles(tile_folder(root, size)) for size in (LR, HR))
+        lr, hr = (tiles.find_tiles(root / TRAINING / size / TILES) for size in (LR, HR))
         # the first tile of an image is its smallest, by a pixel at most
         shapes = {name: images.image_size(lr[name][min(lr[name])]) for name in names}
         self.names = [name for name, shape in shapes.items() if min(shape) >= largest]
@@ -162,8 +157,10 @@ class PairedTiles(Dataset):
         if not self.names:
             side = max(map(min, shapes.values()))
             raise UserError(
-                f"{tile_folder(root, LR)}: all tiles are smaller than the crops of {largest} pixels"
-                " a side; slice with --tiles 1 --pad 0" + f", or give --crop {side}" * (side >= 8)
+                f"{root / TRAINING / LR / TILES}: all tiles are smaller than the crops of {largest}"
+                " pixels a side; slice with --tiles 1 --pad 0"
+                + f", or give --crop {side}"
+                * (side >= 8)
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
