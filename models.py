@@ -260,9 +260,10 @@ class Generator(SRResNet):
         return self.render(self.trunk(lr), hr_edges)
 
     @property
-    def edge_stage(self) -> list[nn.Module]:
-        """Returns what SRResNet lacks, or has in another shape."""
-        return [self.conv3, self.residual_blocks_edges, self.conv4, self.bn4, self.conv5]
+    def trunk_layers(self) -> list[nn.Module]:
+        """Returns the layers before the edges, but the PReLU, which is also the edge stage's."""
+        lr_layers = [self.conv1, self.residual_blocks, self.conv2, self.bn2]
+        return [*lr_layers, self.upsample1, self.upsample2]
 
     @classmethod
     def from_trunk(cls, trunk: SRResNet) -> "Generator":

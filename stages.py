@@ -324,7 +324,7 @@ class EdgeStageModel(Stage):
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
-        for module in trunk_modules(self.generator):
+        for module in self.generator.trunk_layers:
             module.requires_grad_(False).eval()
 
     def start(self, options: Namespace) -> nn.Module:
@@ -337,12 +337,6 @@ class EdgeStageModel(Stage):
 
     def upscale(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
         return with_true_edges(enlarger, lr, hr)
-
-
-def trunk_modules(generator: Generator) -> list[nn.Module]:
-    """Returns the trunk's modules, without the first PReLU, which the edge stage shares."""
-    edge_stage = [*generator.edge_stage, generator.prelu]
-    return [module for module in generator.children() if module not in edge_stage]
 
 
 class PreModel(Stage):
@@ -367,9 +361,7 @@ class PreModel(Stage):
         (group,), rate = super().parameter_groups(key), self.recipe.trunk_rate
         if key != "gen" or rate == 1:
             return [group]
-        slower = dict.fromkeys(
-            p for each in trunk_modules(self.generator) for p in each.parameters()
-        )
+        slower = dict.fromkeys(p for each in self.generator.trunk_layers for p in each.parameters())
         rest = [p for p in group["params"] if p not in slower]
         return [group | {"params": rest}, group | {"params": [*slower], "factor": rate}]
 
