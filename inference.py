@@ -91,8 +91,7 @@ class Enlarger:
         """Returns the enlarger with the networks of weight files, the edges' only if needed.
 
         Args:
-            shares: generators of one architecture, whose weights are interpolated (Wang et al.,
-                ESRGAN, arXiv 1809.00219, section 3.4), each with its share; none for edges only.
+            shares: of the generators, for `weights.interpolate`; none for edges only.
 
         Raises:
             UserError: a file that is needed is not there, or holds another network.
@@ -133,9 +132,8 @@ class Enlarger:
         share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
         if share:
             edges = self.predict_edges(lr, lambda part: on_progress(share * part))
-        rest = 1 - share
         sr = self._with_smaller_windows(
-            self._render, lr, edges, lambda part: on_progress(rest * part)
+            self._render, lr, edges, lambda part: on_progress((1 - share) * part)
         )
         if (lr == lr[..., :1]).all():
             sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)

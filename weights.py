@@ -94,9 +94,7 @@ def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module])
         wanted = " or ".join(each.__name__ for each in kinds)
         raise UserError(f"{path}: holds {kind.__name__}, not {wanted}; {ANOTHER}")
     try:
-        numbers = {
-            key.removeprefix(blocks).split(".")[0] for key in state if key.startswith(blocks)
-        }
+        numbers = {key.split(".")[1] for key in state if key.startswith(blocks)}
         network = kind(len(state[first]), len(numbers))
         network.load_state_dict(state)
     except (KeyError, RuntimeError, TypeError) as error:
