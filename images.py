@@ -159,8 +159,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
     with path.open("rb") as file:  # Pillow would map some TIFF files by name, and turn them wrongly
         with _pillow(path):
             image = Image.open(file, formats=FORMATS)
-        with image:
-            yield image
+        yield image
 
 
 @contextmanager
@@ -173,20 +172,16 @@ def _pillow(path: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise console.ImageError(
-            f"{path}: not an image, damaged, or of a format that cannot be read here;"
-            " replace it or convert it to PNG"
-        ) from error
     except Exception as error:
         # EINVAL and EOVERFLOW come from seeking to where a damaged file points.
         if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.EOVERFLOW):
             raise
         if "out of memory" in str(error):  # of a decoder
             raise MemoryError from error
-        raise console.ImageError(
-            f"{path}: damaged ({console.one_line(error)}); replace or remove it"
-        ) from error
+        what = f"damaged ({console.one_line(error)}); replace or remove it"
+        if isinstance(error, Image.UnidentifiedImageError):
+            what = "not an image, damaged, or not readable here; replace it or convert it to PNG"
+        raise console.ImageError(f"{path}: {what}") from error
 
 
 def _orientation(path: Path, image: Image.Image) -> int:
@@ -280,22 +275,17 @@ def _fill_hidden(rgb: np.ndarray, alpha: np.ndarray) -> None:
 # Writing --------------------------------------------------------------------------------------
 
 
-def write_png(
-    path: Path,
-    image: np.ndarray,
-    stamp: str = "",
-    exif: Image.Exif | None = None,
-    icc: bytes | None = None,
-) -> None:
+def write_png(path: Path, image: np.ndarray, stamp: str = "", photo: Photo | None = None) -> None:
     """Writes an image as PNG, by OpenCV, which is twice as fast as Pillow.
 
     Args:
         image: `(H, W, 3)` RGB or `(H, W)` grey, uint8.
         stamp: what the image was made from, in ASCII, for `read_stamp`.
-        exif, icc: as in `Photo`.
+        photo: whose EXIF tags and colour profile are to go with it.
     """
-    exif = metadata.result_exif(exif, image.shape[1::-1], stamp).tobytes().removeprefix(b"Exif\0\0")
-    given = {cv2.IMAGE_METADATA_EXIF: exif, cv2.IMAGE_METADATA_ICCP: icc}
+    exif = metadata.result_exif(photo and photo.exif, image.shape[1::-1], stamp).tobytes()
+    given = {cv2.IMAGE_METADATA_EXIF: exif.removeprefix(b"Exif\0\0")}
+    given[cv2.IMAGE_METADATA_ICCP] = photo and photo.icc
     given = {kind: np.frombuffer(data, np.uint8) for kind, data in given.items() if data}
     if image.ndim == 3:
         image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
@@ -328,7 +318,7 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         sr = np.ascontiguousarray(sr[..., 0])
     only_pillow = photo.alpha is not None or photo.xmp or photo.text or photo.dpi
     if file_format == "PNG" and not only_pillow:
-        write_png(path, sr, stamp, photo.exif, photo.icc)
+        write_png(path, sr, stamp, photo)
         return notes
 
     # The pixels
