@@ -21,7 +21,7 @@ import metrics
 import pipeline
 import tiles
 from console import UserError
-from device import open_device, to_tensor
+from device import open_device
 from inference import Enlarger
 from metrics import Metrics
 from tiles import HR, LR, SCALE, TEST
@@ -66,7 +66,7 @@ def main() -> None:
         lr, hr = map(images.read_image, paths)
         hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
         if options.jpeg:
-            lr = dataset.through_jpeg(to_tensor(lr)[0], options.jpeg).permute(1, 2, 0).numpy()
+            lr = dataset.through_jpeg(lr, options.jpeg)
         true = images.canny(hr)
         made, found = make_variants(lr, true, enlargers)
         for variant, sr in made.items():

@@ -202,10 +202,9 @@ class PairedTiles(Dataset):
         flip, turns = bool(rng.integers(2)), int(rng.integers(4))
         softness = torch.from_numpy(rng.random(2, dtype=np.float32))
         quality = int(rng.integers(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1))
-        compressed = rng.random() < self.jpeg
+        quality = quality if rng.random() < self.jpeg else None
 
         area = slice(top, top + request.size), slice(left, left + request.size)
-        quality = quality if compressed else None
         item = crop_pair(lr, hr, area, self.edges, changes, quality, *hr_edges)
         for key, value in item.items():
             mirrored = value.flip(-1) if flip else value
@@ -253,14 +252,15 @@ def crop_pair(
         crop = device.to_tensor(image[tiles.scaled(outer, scale)])[0]
         for change, amount in changes:
             crop = change(crop, amount)
+        pixels = crop.permute(1, 2, 0).numpy()
         if kind == "lr" and quality is not None:
-            crop = through_jpeg(crop, quality)
-        item[kind] = crop[:, *inner]
+            pixels = through_jpeg(pixels, quality)
+        item[kind] = torch.from_numpy(pixels[inner]).permute(2, 0, 1)
         if kind in edges:
             if kind == "hr" and hr_edges is not None:
                 found = hr_edges[tiles.scaled(outer, scale)]
             else:
-                found = images.canny(crop.permute(1, 2, 0).numpy())
+                found = images.canny(pixels)
             item[f"{kind}_edges"] = torch.from_numpy(found)[None, *inner]
     return item
 
@@ -277,9 +277,8 @@ def draw_colors(rng: np.random.Generator) -> list[tuple]:
     return [each for each, keep in zip(drawn, rng.random(len(drawn)) < 0.5, strict=True) if keep]
 
 
-def through_jpeg(image: Tensor, quality: int) -> Tensor:
-    """Returns a (3, H, W) uint8 image as JPEG of a quality of 0 to 100 gives it back."""
-    bgr = image.flip(0).permute(1, 2, 0).contiguous().numpy()
+def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """Returns an `(H, W, 3)` uint8 RGB image as JPEG of a quality of 0 to 100 gives it back."""
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    decoded = torch.from_numpy(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
-    return decoded.permute(2, 0, 1).flip(0)
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
