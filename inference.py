@@ -83,6 +83,7 @@ class Enlarger:
         weights: str = "",
     ) -> None:
         self.device, self.weights, self.windows = device, weights, Windows.of(device)
+        self.needs_edges = isinstance(generator, Generator)
         self.generator = generator and for_inference(generator, device)
         self.edge_generator = edge_generator and for_inference(edge_generator, device)
 
@@ -104,11 +105,6 @@ class Enlarger:
             paths.append(edge_generator)
         parts = [files.digest(*paths), *(f"{share:g}" for share in shares.values()), device.dtype]
         return cls(network, edges, device, "/".join(map(str, parts)).replace("torch.", ""))
-
-    @property
-    def needs_edges(self) -> bool:
-        """Whether the generator is conditioned on edges."""
-        return isinstance(self.generator, Generator)
 
     def __call__(
         self,
