@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -27,7 +27,6 @@ from tiles import HR, LR, SCALE, TILES, TRAINING
 
 JPEG_QUALITIES = 60, 100
 
-T = TypeVar("T")
 Pairs = dict[str, tuple[Path, Path]]  # LR and HR image by id
 
 
@@ -70,7 +69,7 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
     return training, {name: pair for name, pair in pairs.items() if name in chosen}
 
 
-def in_threads(work: Callable[..., T], jobs: Sequence[tuple], title: str) -> list[T]:
+def in_threads(work: Callable, jobs: Sequence[tuple], title: str) -> list:
     """Returns what a function makes of each job's arguments, in their order; shows a bar."""
     with ThreadPoolExecutor(console.processor_share()) as pool:
         found = pool.map(lambda job: work(*job), jobs)

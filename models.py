@@ -195,12 +195,7 @@ class UpsamplingBlock(nn.Module):
 
 
 class SRResNet(nn.Module):
-    """The generator of Ledig et al. as it stands, without edges.
-
-    Args:
-        width: channels.
-        blocks: residual blocks.
-    """
+    """The generator of Ledig et al., without edges: `width` channels, `blocks` residual blocks."""
 
     def __init__(self, width: int = 64, blocks: int = 20) -> None:
         super().__init__()
@@ -273,9 +268,8 @@ class Generator(SRResNet):
         p(x) - p(-x) = (1 + a) x, so the last convolution gets back what the SRResNet's had.
         """
         generator = cls(**trunk.arguments)
-        own = generator.state_dict()
         shared = {k: v for k, v in trunk.state_dict().items() if not k.startswith("conv5.")}
-        generator.load_state_dict(own | shared)
+        generator.load_state_dict(shared, strict=False)
         with torch.no_grad():
             channels = torch.arange(trunk.arguments["width"])
             for parameter in (generator.conv3.weight, generator.conv3.bias, generator.bn4.weight):
