@@ -102,16 +102,6 @@ def compare(sr: np.ndarray, hr: np.ndarray, device: Device) -> Metrics:
     }
 
 
-def color_shift(sr: np.ndarray, hr: np.ndarray) -> Metrics:
-    """Returns by how many grey levels each channel of `sr` is too light on average.
-
-    Args:
-        sr, hr: `(H, W, 3)` uint8, RGB, of one size.
-    """
-    means = sr.mean(axis=(0, 1)) - hr.mean(axis=(0, 1))
-    return dict(zip(("red", "green", "blue"), means.tolist(), strict=True))
-
-
 def by_strips(
     metric: Callable[[Tensor, Tensor], Tensor],
     a: np.ndarray,

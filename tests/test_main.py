@@ -464,6 +464,11 @@ def test_every_part_of_the_network_is_measured(root, tmp_path, monkeypatch, caps
         assert [float(each) for each in cells[:4]] == pytest.approx(expected, abs=1e-4)
     assert re.search(r"^PreModel, true edges +\d", printed, re.MULTILINE)
     assert re.search(r"^SRModel, no edges +\d", printed, re.MULTILINE)
+    with (root / "ablation" / "images.csv").open(newline="", encoding="utf-8") as file:
+        shift = next(row for row in csv.DictReader(file) if row["image"] == "bicubic")
+    pairs = [(root / "ablation" / "bicubic" / f"{n}.png", photograph(n)[:96, :128]) for n in (0, 1)]
+    means = np.mean([read_image(sr).mean((0, 1)) - hr.mean((0, 1)) for sr, hr in pairs], axis=0)
+    assert [float(shift[key]) for key in ("red", "green", "blue")] == pytest.approx(means, abs=1e-4)
 
 
 # Processes, Ctrl-C ----------------------------------------------------------------------------

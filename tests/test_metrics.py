@@ -5,7 +5,7 @@ from conftest import CPU, photograph
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from metrics import color_shift, compare, compare_edges, luma, original_ssim, precision_recall, ssim
+from metrics import compare, compare_edges, luma, original_ssim, precision_recall, ssim
 
 HOW = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 
@@ -70,11 +70,3 @@ def test_precision_and_recall_count_edges():
     arrays = [(255 * each[0, 0]).byte().numpy() for each in (edges, hr_edges)]
     f1 = 2 * (4 / 7) * (4 / 5) / (4 / 7 + 4 / 5)
     assert compare_edges(*arrays, CPU, tolerance=0)["F1"] == pytest.approx(f1)
-
-
-def test_colour_shift_is_signed_and_by_channel():
-    hr = np.full((20, 20, 3), 100, np.uint8)
-    sr = hr.copy()
-    sr[..., 0] += 3
-    sr[:10, :, 2] -= 4
-    assert color_shift(sr, hr) == {"red": 3, "green": 0, "blue": -2}
