@@ -246,7 +246,7 @@ def crop_pair(
     """
     item = {}
     outer = tiles.grow(area, images.CANNY_REACH, lr.shape)
-    for kind, image, scale in (("lr", lr, 1), ("hr", hr, SCALE)):
+    for kind, image, scale, known in (("lr", lr, 1, None), ("hr", hr, SCALE, hr_edges)):
         inner = tiles.scaled(tiles.within(area, outer), scale)
         crop = device.to_tensor(image[tiles.scaled(outer, scale)])[0]
         for change, amount in changes:
@@ -256,10 +256,7 @@ def crop_pair(
             pixels = through_jpeg(pixels, quality)
         item[kind] = torch.from_numpy(pixels[inner]).permute(2, 0, 1)
         if kind in edges:
-            if kind == "hr" and hr_edges is not None:
-                found = hr_edges[tiles.scaled(outer, scale)]
-            else:
-                found = images.canny(pixels)
+            found = images.canny(pixels) if known is None else known[tiles.scaled(outer, scale)]
             item[f"{kind}_edges"] = torch.from_numpy(found)[None, *inner]
     return item
 

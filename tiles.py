@@ -120,14 +120,12 @@ class Grid:
             found: its tiles, at `scale` times the LR size.
             remedy: what to do where a tile is missing, or not of its place's size.
         """
-        size = images.image_size(lr)
         if not found:
             raise ImageError(f"{lr}: has no tiles; {remedy}")
-        first, count = min(found), max(max(at) for at in found)
-        height, _ = images.image_size(found[first])
-        pad = height // scale - shape_of(cls(*size, count).cell(*first))[0]
-        grid = cls(*size, count, max(pad, 0))
+        size, first, count = images.image_size(lr), min(found), max(map(max, found))
         shapes = {at: images.image_size(path) for at, path in found.items()}
+        pad = shapes[first][0] // scale - shape_of(cls(*size, count).cell(*first))[0]
+        grid = cls(*size, count, max(pad, 0))
         if shapes != {at: grid.tile_shape(*at, scale) for at in grid}:
             raise ImageError(f"{lr}: some of its tiles are missing or of another size; {remedy}")
         return grid
