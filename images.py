@@ -139,8 +139,7 @@ def read_image(path: Path) -> np.ndarray:
 def image_size(path: Path) -> tuple[int, int]:
     """Returns height and width of `read_image` from the header alone; raises as that does."""
     with _open(path) as image:
-        sideways = _orientation(path, image) >= 5
-        return (image.width, image.height) if sideways else (image.height, image.width)
+        return image.size if _orientation(path, image) >= 5 else image.size[::-1]
 
 
 def read_stamp(path: Path) -> str:
