@@ -1,7 +1,7 @@
 """Training data: random crops of paired tiles, their Canny edges, and the held-out images.
 
-All randomness follows from (seed, batch number), so that training can go on after a stop, or on
-another number of processes with as large a batch in all, with the very crops it would have seen.
+All randomness is derived from (seed, batch number), so that training can resume, also on another
+number of processes with the same total batch size, with the very crops it would have seen.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,14 +41,14 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
         The images to train on, and those to validate with, evenly spread over the sorted ids.
 
     Raises:
-        ImageError: an image has no partner, other LR than HR tiles, or a first tile that was not
-            cut from it as it is now.
+        ImageError: an image has no partner, LR and HR tiles that do not match, or a first tile
+            that was not cut from it as it is now.
     """
     (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
     lr_tiles, hr_tiles = (tiles.find_tiles(root / TRAINING / size / TILES) for size in (LR, HR))
     if not (lr_tiles and lr and hr):
         raise ImageError(
-            f"{root / TRAINING / HR}: nothing is sliced; put photographs there, then run"
+            f"{root / TRAINING / HR}: no tiles; put photographs there, then run"
             " `python slice_images_w_overlapping.py`"
         )
     for name in sorted(lr.keys() | hr.keys()):
@@ -77,7 +77,7 @@ def in_threads(work: Callable, jobs: Sequence[tuple], title: str) -> list:
 
 
 class CropRequest(NamedTuple):
-    """One crop to make: of which tile, of how many LR pixels a side, with which random numbers."""
+    """A crop that the loader asks `PairedTiles` for: tile, LR pixels a side, random seed."""
 
     tile: int
     size: int
@@ -85,7 +85,7 @@ class CropRequest(NamedTuple):
 
 
 def draw_batches(
-    tiles: int,
+    tile_count: int,
     batch_size: int,
     sizes: tuple[int, int],
     seed: int,
@@ -97,7 +97,7 @@ def draw_batches(
     """Yields batches of crop requests without end: every tile once an epoch, one size per batch.
 
     Args:
-        tiles: how many there are.
+        tile_count: how many there are.
         batch_size: crops per batch in each process.
         sizes: smallest and largest crop in LR pixels a side.
         start: number of the first batch.
@@ -110,10 +110,10 @@ def draw_batches(
         first = (number * world + rank) * batch_size
         requests = []
         for position in range(first, first + batch_size):
-            if position // tiles != epoch:
-                epoch = position // tiles
-                order = np.random.default_rng((seed, 1, epoch)).permutation(tiles)
-            requests.append(CropRequest(int(order[position % tiles]), size, (seed, position)))
+            if position // tile_count != epoch:
+                epoch = position // tile_count
+                order = np.random.default_rng((seed, 1, epoch)).permutation(tile_count)
+            requests.append(CropRequest(int(order[position % tile_count]), size, (seed, position)))
         yield requests
 
 
@@ -155,11 +155,10 @@ class PairedTiles(Dataset):
         self.small = [name for name, shape in shapes.items() if min(shape) < largest]
         if not self.names:
             side = max(map(min, shapes.values()))
+            or_crop = f", or give --crop {side}" if side >= 8 else ""
             raise UserError(
                 f"{root / TRAINING / LR / TILES}: all tiles are smaller than the crops of {largest}"
-                " pixels a side; slice with --tiles 1 --pad 0"
-                + f", or give --crop {side}"
-                * (side >= 8)
+                f" pixels a side; slice with --tiles 1 --pad 0{or_crop}"
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
@@ -176,7 +175,7 @@ class PairedTiles(Dataset):
             ImageError: a tile cannot be used.
         """
         device.release_freed_memory()  # of the stage before
-        if self.size < device.free_memory() / 2:
+        if self.size < device.free_ram() / 2:
             jobs = [(*pair, self.keeps_edges) for pair in self.pairs]
             self.in_memory = in_threads(load_pair, jobs, "Decoding tiles")
 

@@ -130,8 +130,9 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
     Raises:
         UserError: there is no such device here.
     """
-    several = all(name in os.environ for name in TORCHRUN)  # one alone is left from elsewhere
-    rank, world = (int(os.environ[each]) for each in TORCHRUN[:2]) if several else (0, 1)
+    several = all(name in os.environ for name in TORCHRUN)  # a single one is a leftover
+    rank = int(os.environ["RANK"]) if several else 0
+    world = int(os.environ["WORLD_SIZE"]) if several else 1
     kind = choose_kind(name)
     torch_device = torch.device(kind)
     if kind == "cuda":
@@ -157,7 +158,7 @@ def choose_kind(name: str) -> str:
     """Returns "cuda", "mps" or "cpu": what was asked for or, for "auto", the best that works here.
 
     Raises:
-        UserError: what was asked for is not here.
+        UserError: what was asked for is not available.
     """
     obstacle = cuda_obstacle() if name in ("auto", "cuda") else "not asked for"
     mps = name != "cpu" and torch.backends.mps.is_available()
@@ -194,7 +195,7 @@ def choose_precision(kind: str, precision: str = "auto", training: bool = False)
     """Returns the networks' precision.
 
     "auto" is bfloat16 where the processor computes in it; else float16 on a CUDA GPU that tests,
-    and float32 everywhere else. Trainings in float16 become float32 ones, with a warning.
+    and float32 everywhere else. Training in float16 falls back to float32, with a warning.
     """
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -209,7 +210,7 @@ def choose_precision(kind: str, precision: str = "auto", training: bool = False)
     return dtype
 
 
-def free_memory() -> int:
+def free_ram() -> int:
     """Returns the bytes of main memory that this process may take; 0 outside Linux."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -72,7 +72,7 @@ class Enlarger:
     Args:
         generator: a `Generator`, or an `SRResNet`, which needs no edges; None: edges only.
         edge_generator: needed for a `Generator` unless it is given edges.
-        weights: their digest and precision, for the stamps of results.
+        digest: of the weights, their shares and the precision, for the stamps of results.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Enlarger:
         generator: SRResNet | None,
         edge_generator: EdgeGenerator | None,
         device: Device,
-        weights: str = "",
+        digest: str = "",
     ) -> None:
-        self.device, self.weights, self.windows = device, weights, Windows.of(device)
+        self.device, self.digest, self.windows = device, digest, Windows.of(device)
         self.needs_edges = isinstance(generator, Generator)
         self.generator = generator and for_inference(generator, device)
         self.edge_generator = edge_generator and for_inference(edge_generator, device)
@@ -125,11 +125,12 @@ class Enlarger:
         Raises:
             MemoryError: memory does not suffice for the smallest windows.
         """
-        share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
-        if share:
-            edges = self.predict_edges(lr, lambda part: on_progress(share * part))
-        sr = self._with_smaller_windows(
-            self._render, lr, edges, lambda part: on_progress((1 - share) * part)
+        edge_share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
+        if edge_share:
+            edges = self.predict_edges(lr, lambda part: on_progress(edge_share * part))
+        rest = 1 - edge_share
+        sr = self._retry_in_smaller_windows(
+            self._render, lr, edges, lambda part: on_progress(rest * part)
         )
         if (lr == lr[..., :1]).all():
             sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)
@@ -137,9 +138,9 @@ class Enlarger:
 
     def predict_edges(self, lr: np.ndarray, on_progress: OnProgress = lambda _: None) -> np.ndarray:
         """Returns the HR edges of an LR image, `(4H, 4W)` uint8: probability times 255."""
-        return self._with_smaller_windows(self._predict_edges, lr, on_progress)
+        return self._retry_in_smaller_windows(self._predict_edges, lr, on_progress)
 
-    def _with_smaller_windows(
+    def _retry_in_smaller_windows(
         self, work: Callable[..., np.ndarray], *arguments: object
     ) -> np.ndarray:
         """Returns what `work` makes of its arguments, in smaller windows where memory runs out."""
@@ -185,19 +186,22 @@ class Enlarger:
         for block, seen in places:
             with self.device.autocast():
                 features = self.generator.trunk(self.device.send(to_tensor(lr[seen])))
-            for core, around in windows(block, self.windows.render, RENDER_HALO, lr.shape):
-                inputs = [features[:, :, *within(around, seen)]]
+            for core, core_seen in windows(block, self.windows.render, RENDER_HALO, lr.shape):
+                inputs = [features[:, :, *within(core_seen, seen)]]
                 if self.needs_edges:
-                    inputs.append(self.device.send(to_tensor(edges[scaled(around)])))
+                    inputs.append(self.device.send(to_tensor(edges[scaled(core_seen)])))
                 with self.device.autocast():
                     sr = self.generator.render(*inputs)
-                hr[scaled(core)] = to_image(sr[:, :, *scaled(within(core, around))])
+                hr[scaled(core)] = to_image(sr[:, :, *scaled(within(core, core_seen))])
                 on_progress(prod(shape_of(core)) / prod(lr.shape[:2]))
         return hr
 
 
 def for_inference(network: nn.Module, device: Device) -> nn.Module:
-    """Returns a copy of a network with spectral and batch norms folded into its convolutions."""
+    """Returns a copy of a network with spectral and batch norms folded into its convolutions.
+
+    A batch norm `bn2` belongs to the convolution `conv2` beside it.
+    """
     copy = type(network)(**network.arguments)
     copy.load_state_dict(network.state_dict())
     copy.eval()

@@ -141,7 +141,7 @@ RELU1_2, RELU2_2, RELU3_1 = 3, 8, 11  # layers of VGG19
 
 
 class PerceptualLoss(nn.Module):
-    """Difference of VGG19's features, squared error at relu3_1 unless it says otherwise.
+    """Difference of VGG19's features, squared error at relu3_1 by default.
 
     Args:
         state: of `vgg_state`.

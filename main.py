@@ -179,7 +179,7 @@ def test_image(
     pipeline.check_hr_unchanged(job.source, hr_paths.get(job.name))
     grid = pipeline.checked_grid(job.source, lr_tiles.get(job.name, {}))
     edges_path = options.edges and options.edges / f"{job.name}.png"
-    stamp = stamp_of(job.source, enlarger.weights, edges_path, str(grid))
+    stamp = stamp_of(job.source, enlarger.digest, edges_path, str(grid))
     unjoined = hr_tiles.get(job.name, {})
     joined = tiles.find_tiles(job.target / job.name).get(job.name, {})
     old = joined | unjoined
@@ -217,7 +217,7 @@ def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Fi
         pipeline.check_source(job.target, job.source, "delete it")
         return None
     found = enlarger.predict_edges(images.read_image(job.source), on_progress)
-    stamp = stamp_of(job.source, enlarger.weights)
+    stamp = stamp_of(job.source, enlarger.digest)
     return partial(images.write_png, job.target, np.stack([found] * 3, axis=2), str(stamp))
 
 
@@ -269,7 +269,7 @@ def upscale_image(
     """Upscales one image unless its result is there; what is left to do is to write it."""
     sheet = job.target.with_name(f"{job.target.stem}{pipeline.PREVIEW}.png")
     targets = [job.target, sheet] if options.preview else [job.target]
-    stamp = stamp_of(job.source, enlarger.weights, options.edges)
+    stamp = stamp_of(job.source, enlarger.digest, options.edges)
     existing = [target for target in targets if target.exists()]
     for target in existing:
         if target.samefile(job.source):

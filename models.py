@@ -210,15 +210,15 @@ class SRResNet(nn.Module):
         self.conv5 = FewChannelConv(width, 3, 9, padding=4)
 
     def trunk(self, lr: Tensor) -> Tensor:
-        """Returns (N, width, H, W) features: the stage at LR size."""
+        """Returns (N, width, H, W) features: the part at LR size."""
         first = self.prelu(self.conv1(2 * lr - 1))
         return first + self.bn2(self.conv2(self.residual_blocks(first)))
 
     def render(self, features: Tensor) -> Tensor:
-        """Returns the HR image, float32, of the trunk's features: the stage at HR size."""
-        return self.to_image(self.upsample2(self.upsample1(features)))
+        """Returns the HR image, float32, of the trunk's features: the part at HR size."""
+        return self.head(self.upsample2(self.upsample1(features)))
 
-    def to_image(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         """Returns the image of the last features, by way of tanh's [-1, 1]."""
         return (torch.tanh(self.conv5(x).float()) + 1) / 2
 
@@ -249,7 +249,7 @@ class Generator(SRResNet):
         x = self.upsample2(self.upsample1(features))
         x = torch.cat([x, (2 * hr_edges - 1).to(x.dtype)], dim=1)
         first = self.prelu(self.conv3(x))
-        return self.to_image(first + self.bn4(self.conv4(self.residual_blocks_edges(first))))
+        return self.head(first + self.bn4(self.conv4(self.residual_blocks_edges(first))))
 
     def forward(self, lr: Tensor, hr_edges: Tensor) -> Tensor:
         return self.render(self.trunk(lr), hr_edges)
@@ -261,24 +261,24 @@ class Generator(SRResNet):
         return [*lr_layers, self.upsample1, self.upsample2]
 
     @classmethod
-    def from_trunk(cls, trunk: SRResNet) -> "Generator":
+    def from_trunk(cls, srresnet: SRResNet) -> "Generator":
         """Returns a generator that starts out making the SRResNet's images, whatever the edges.
 
         The edge stage starts with the features and their negatives. PReLU p of slope a has
         p(x) - p(-x) = (1 + a) x, so the last convolution gets back what the SRResNet's had.
         """
-        generator = cls(**trunk.arguments)
-        shared = {k: v for k, v in trunk.state_dict().items() if not k.startswith("conv5.")}
+        generator = cls(**srresnet.arguments)
+        shared = {k: v for k, v in srresnet.state_dict().items() if not k.startswith("conv5.")}
         generator.load_state_dict(shared, strict=False)
         with torch.no_grad():
-            channels = torch.arange(trunk.arguments["width"])
+            channels = torch.arange(srresnet.arguments["width"])
             for parameter in (generator.conv3.weight, generator.conv3.bias, generator.bn4.weight):
                 parameter.zero_()
             generator.conv3.weight[channels, channels, 1, 1] = 1
             generator.conv3.weight[len(channels) + channels, channels, 1, 1] = -1
-            head = trunk.conv5.weight / (1 + trunk.prelu.weight)
+            head = srresnet.conv5.weight / (1 + srresnet.prelu.weight)
             generator.conv5.weight.copy_(torch.cat([head, -head], dim=1))
-            generator.conv5.bias.copy_(trunk.conv5.bias)
+            generator.conv5.bias.copy_(srresnet.conv5.bias)
         return generator
 
 

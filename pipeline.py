@@ -77,7 +77,7 @@ def for_each(
                         waiting.append((job, pool.submit(finish)))
                     else:
                         counts["up to date"] += 1
-                while len(waiting) > (threads if number < len(mine) else 0):
+                while len(waiting) > (threads if number < len(mine) else 0):  # all at the end
                     finished, future = waiting.popleft()
                     with one_image(finished, counts):
                         for note in future.result() or ():
@@ -122,9 +122,9 @@ class Stamp:
     """What a file was made from, by content: written into the file, in whatever format.
 
     Attributes:
-        source: digest of the image file; "" if nothing is known.
+        source: digest of the image file, of HR where slicing made LR from it; "" if unknown.
         grid: how it was cut into tiles.
-        weights: digest of the weight files, and the precision.
+        weights: digest of the weight files, their shares, and the precision.
         edges: digest of the file of edges that were given instead of predicted ones.
     """
 

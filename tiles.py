@@ -127,7 +127,7 @@ class Grid:
         pad = shapes[first][0] // scale - shape_of(cls(*size, count).cell(*first))[0]
         grid = cls(*size, count, max(pad, 0))
         if shapes != {at: grid.tile_shape(*at, scale) for at in grid}:
-            raise ImageError(f"{lr}: some of its tiles are missing or of another size; {remedy}")
+            raise ImageError(f"{lr}: some of its tiles are missing or of the wrong size; {remedy}")
         return grid
 
     def __str__(self) -> str:
@@ -175,7 +175,7 @@ def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) 
 def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.ndarray:
     """Returns the image that `tiles` cover, neighbours cross-faded over the pixels they share.
 
-    The inverse of `cut_tile`, to the bit.
+    The inverse of `cut_tile`, bit for bit.
     """
     overlap, numbers = grid.pad * scale, range(1, grid.tiles + 1)
     columns = (_crossfade([tiles[row, col] for row in numbers], overlap) for col in numbers)

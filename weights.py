@@ -44,7 +44,7 @@ def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
 
 
 def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the network between those of weight files, one architecture, as `load_network` does.
+    """Returns a network whose weights are a weighted mean of several files', of one architecture.
 
     Args:
         shares: how much of each network's weights, 1 in all (Wang et al., ESRGAN, arXiv 1809.00219,
@@ -73,7 +73,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise UserError(f"{path}: holds no state dict; {ANOTHER}")
         if not value.isfinite().all():
-            raise UserError(f"{path}: {key} is not finite; give a file from before that")
+            raise UserError(f"{path}: {key} is not finite; give a file saved earlier")
         name = re.sub(PREFIXES, "", key)
         match = re.match(NUMBERED, name)
         name = f"residual_blocks{match[1] or ''}.{int(match[2]) - 1}.{match[3]}" if match else name
@@ -82,7 +82,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module]) -> nn.Module:
-    """Returns the network that a state dict of `load_state` is of; see `load_network`."""
+    """Returns the network that a state dict of `load_state` belongs to; see `load_network`."""
     if "encoder.1.weight_orig" in state:
         kind, first, blocks = EdgeGenerator, "encoder.1.weight_orig", "middle."
     elif "residual_blocks.0.conv1.weight" in state:

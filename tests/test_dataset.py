@@ -186,7 +186,7 @@ def test_tiles_in_memory_change_no_crop(sliced, monkeypatch, workers):
 def test_half_of_free_memory_holds_all_tiles_or_none(sliced, monkeypatch):
     dataset = PairedTiles(sliced, split(sliced, 0)[0], 24)
     for free, kept in ((2 * dataset.size, 0), (2 * dataset.size + 2, len(dataset))):
-        monkeypatch.setattr(device, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(device, "free_ram", lambda free=free: free)
         dataset.keep_in_memory()
         assert len(dataset.in_memory) == kept
     size = sum(array.nbytes for arrays in dataset.in_memory for array in arrays)

@@ -134,7 +134,7 @@ def test_a_container_s_memory_is_what_it_may_take(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "CGROUPS", [(tmp_path, "max", "current")])
     for name, content in (("max", "5000000"), ("current", "1000000")):
         (tmp_path / name).write_text(content)
-    assert device.free_memory() in (0, 2_000_000)  # the first outside Linux
+    assert device.free_ram() in (0, 2_000_000)  # the first outside Linux
 
 
 def test_bytes_become_numbers_from_0_to_1():

@@ -48,7 +48,7 @@ def test_folded_network_is_the_network(network, inputs):
 def test_loaded_networks_are_known_by_content_share_and_precision(ckpts, tmp_path):
     def known(shares, folder=ckpts, device=CPU):
         files = {folder / f"{name}_gen.pth": share for name, share in shares.items()}
-        return Enlarger.load(files, folder / "EdgeModel_gen.pth", device).weights
+        return Enlarger.load(files, folder / "EdgeModel_gen.pth", device).digest
 
     copy = tmp_path / "copy"
     shutil.copytree(ckpts, copy, copy_function=shutil.copyfile)

@@ -1024,7 +1024,7 @@ def test_first_process_reads_and_writes_for_all_and_speaks_for_them(folder, give
     statuses, printed = train(learning_rate=1e30, steps=60)
     assert statuses == [1, 1] and printed.count("not finite at step") == 1
     statuses, printed = train(root=tmp_path)
-    assert statuses == [1, 1] and printed.count(": nothing is sliced; ") == 1
+    assert statuses == [1, 1] and printed.count(": no tiles; ") == 1
 
 
 def batch_of(sliced):
