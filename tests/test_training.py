@@ -808,8 +808,8 @@ FAULTS = {  # what fails, at which call, how: between the second step and the fo
     "flushing": (os, "fsync", 3, IO),
     "writing": (torch, "save", 2, IO),
     "loading": (PairedTiles, "crop", 5, IO),
-    "memory": (SRResNetModel, "losses", 2, torch.OutOfMemoryError("CUDA out of memory.")),
-    "ours": (SRResNetModel, "losses", 2, RuntimeError("a defect")),
+    "memory": (SRResNetModel, "loss_terms", 2, torch.OutOfMemoryError("CUDA out of memory.")),
+    "ours": (SRResNetModel, "loss_terms", 2, RuntimeError("a defect")),
     "held-out image": (SRResNetModel, "validate", 2, ImageError("a.png: not readable")),
     "samples": (SRResNetModel, "samples", 1, OSError("no")),
 }
@@ -962,7 +962,7 @@ def test_folder_that_cannot_be_written_to_is_found_before_the_first_step(
     given, refused, monkeypatch, tmp_path, name
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(EdgePreModel, "losses", never)
+    monkeypatch.setattr(EdgePreModel, "loss_terms", never)
     options = given(EdgePreModel)
     setattr(options, name, tmp_path / "file")
     assert str(tmp_path / "file") in refused(EdgePreModel, options)
