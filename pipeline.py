@@ -70,23 +70,19 @@ def for_each(
     mine, title = jobs[rank::world], f"{done.partition(' ')[0].removesuffix('ed')}ing"
     bar = console.progress(total=len(mine), desc=title, bar_format=BAR, disable=not mine)
     with bar, ThreadPoolExecutor(threads) as pool:
-        try:
-            for number, job in enumerate(mine, start=1):
-                with one_image(job, counts):
-                    if finish := work(job, bar.update):
-                        waiting.append((job, pool.submit(finish)))
-                    else:
-                        counts["up to date"] += 1
-                while len(waiting) > (threads if number < len(mine) else 0):  # all at the end
-                    finished, future = waiting.popleft()
-                    with one_image(finished, counts):
-                        for note in future.result() or ():
-                            console.warn(f"{finished.source}: {note}")
-                        counts["made"] += 1
-                bar.update(number - bar.n)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for number, job in enumerate(mine, start=1):
+            with one_image(job, counts):
+                if finish := work(job, bar.update):
+                    waiting.append((job, pool.submit(finish)))
+                else:
+                    counts["up to date"] += 1
+            while len(waiting) > (threads if number < len(mine) else 0):  # all at the end
+                finished, future = waiting.popleft()
+                with one_image(finished, counts):
+                    for note in future.result() or ():
+                        console.warn(f"{finished.source}: {note}")
+                    counts["made"] += 1
+            bar.update(number - bar.n)
     total = sum(device.gather([counts]) if device else [counts], Counter())
     parts = [f"{done} {total['made']} image{'s' * (total['made'] != 1)}"]
     parts += [f"{total[key]} {key}" for key in ("up to date", "skipped") if total[key]]
