@@ -101,7 +101,7 @@ def one_image(job: Job, counts: Counter) -> Iterator[None]:
     except (ImageError, OSError, MemoryError) as error:
         text = console.one_line(error)
         named = isinstance(error, ImageError) or getattr(error, "filename", None)
-        skip(text if named or str(job.source) in text else f"{job.source}: {text}", counts)
+        skip(text if named else f"{job.source}: {text}", counts)
 
 
 def skip(problem: str, counts: Counter) -> None:
