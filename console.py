@@ -52,10 +52,7 @@ def plain_errors() -> Iterator[None]:
         SystemExit: 1 after a UserError, an OSError, full memory, or `warn_incomplete`; 130 after
             Ctrl-C.
     """
-    for name in (
-        "stdout",
-        "stderr",
-    ):  # else the next file opened takes its number, to which C writes
+    for name in ("stdout", "stderr"):  # else the next open file takes its number: C writes there
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     incomplete.clear()
