@@ -429,8 +429,8 @@ def run(argv: list[str]) -> None:
     name, *rest = argv
     if name in ("-h", "--help"):
         console.info(f"{__doc__ or ''}\nCommands; COMMAND --help shows their options:\n")
-        for each, call in COMMANDS.items():
-            console.info(f"  {each:13}{(call.__doc__ or '').partition(chr(10))[0]}")
+        for each in COMMANDS:
+            console.info(f"  {each:13}{parser_of(each).description}")
     elif name in COMMANDS:
         parser = parser_of(name, is_help=bool({"-h", "--help"} & set(rest)))
         COMMANDS[name](parser.parse_args(rest))
