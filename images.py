@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import skimage  # loads its parts when they are used
 from PIL import Image, ImageCms, PngImagePlugin
+from PIL.ExifTags import Base as Tag
 
 import console
 import files
@@ -51,7 +52,6 @@ TIFF = ("TIFF", {})  # compressed, Pillow cannot write EXIF data of every kind
 RESULTS = {".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP, ".tif": TIFF, ".tiff": TIFF}
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side
 
-WHITE_IS_ZERO = 0x0106  # tag of TIFF
 TURN = Image.Transpose
 TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
 TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
@@ -187,15 +187,15 @@ def _orientation(path: Path, image: Image.Image) -> int:
     """Returns how an image is to be turned by its tag alone, 1 to 8; 1 if that is not known."""
     if image.format != "TIFF":  # which Pillow turns itself
         with suppress(console.ImageError), _pillow(path):
-            value = metadata.exif_of(image).get(metadata.ORIENTATION)
+            value = metadata.exif_of(image).get(Tag.Orientation)
             return value if value in TURNS else 1
     return 1
 
 
 def _load(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
     """Decodes an image; a JPEG file may lack its end, as for viewers."""
-    if image.format == "TIFF" and metadata.ORIENTATION not in image.tag_v2:
-        image.getexif().pop(metadata.ORIENTATION, None)  # of XMP; Pillow would turn by it
+    if image.format == "TIFF" and Tag.Orientation not in image.tag_v2:
+        image.getexif().pop(Tag.Orientation, None)  # of XMP; Pillow would turn by it
     try:
         image.load()
         return image
@@ -232,8 +232,8 @@ def _to_8_bits(path: Path, image: Image.Image, packing: object, notes: list[str]
         return image
     white = 4095 if ";12" in str(packing) else 65535
     levels = np.rint(np.asarray(image) * np.float64(255 / white)).astype(np.uint8)
-    if kind == "TIFF" and image.tag_v2.get(WHITE_IS_ZERO) == 0:
-        levels = 255 - levels  # Pillow does it only up to 8 bits
+    if kind == "TIFF" and image.tag_v2.get(Tag.PhotometricInterpretation) == 0:
+        levels = 255 - levels  # white is 0, which Pillow minds only up to 8 bits
     return Image.fromarray(levels)
 
 
@@ -342,7 +342,7 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
     elif photo.text:
         notes.append(f"only .png keeps its texts: {', '.join(photo.text)}")
     if file_format == "TIFF" and photo.xmp:
-        exif[metadata.XMP] = photo.xmp
+        exif[Tag.XMLPacket] = photo.xmp
     if file_format == "JPEG" and max(len(exif.tobytes()), len(photo.xmp or b"")) > JPEG_SEGMENT:
         notes.append("its EXIF data or XMP are too long for JPEG; both are left out")
         carried |= {"exif": metadata.result_exif(None, size, stamp), "xmp": None}

@@ -8,16 +8,15 @@ from copy import deepcopy
 from numbers import Real
 
 from PIL import Image
+from PIL.ExifTags import IFD
+from PIL.ExifTags import Base as Tag
 
-STAMP = 0x9213  # ImageHistory, an EXIF tag: every format that is written has EXIF data
-ORIENTATION, XMP = 0x0112, 700
-IPTC, PHOTOSHOP_IPTC = 33723, 0x0404
-EXIF_IFD, GPS_IFD, INTEROPERABILITY = 0x8769, 0x8825, 0xA005
-WIDTH, HEIGHT = 0xA002, 0xA003
-# What tells about the image, not how its file was laid out: description, camera, software,
-# date, author, host, rating, copyright, Exif, GPS, Windows' title to subject.
-KEPT_TAGS = {270, 271, 272, 305, 306, 315, 316, 18246, 18249, 33432, EXIF_IFD, GPS_IFD}
-KEPT_TAGS |= set(range(40091, 40096))
+STAMP = Tag.ImageHistory  # of EXIF, which every format that is written has
+PHOTOSHOP_IPTC = 0x0404
+# What tells about the image, not how its file was laid out.
+KEPT_TAGS = {Tag.ImageDescription, Tag.Make, Tag.Model, Tag.Software, Tag.DateTime, Tag.Artist}
+KEPT_TAGS |= {Tag.HostComputer, Tag.Rating, Tag.RatingPercent, Tag.Copyright, IFD.Exif, IFD.GPSInfo}
+KEPT_TAGS |= {Tag.XPTitle, Tag.XPComment, Tag.XPAuthor, Tag.XPKeywords, Tag.XPSubject}
 PNG_XMP = "XML:com.adobe.xmp"
 # Gamma, about; x and y of white, red, green and blue.
 SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
@@ -37,10 +36,10 @@ def kept_exif(image: Image.Image) -> Image.Exif | None:
     exif, kept = exif_of(image), Image.Exif()
     kept.endian = exif.endian
     for tag in KEPT_TAGS & set(exif):
-        if tag not in (EXIF_IFD, GPS_IFD):
+        if tag not in (IFD.Exif, IFD.GPSInfo):
             kept[tag] = _as_bytes(exif[tag])
         elif found := exif.get_ifd(tag):
-            found.pop(INTEROPERABILITY, None)  # an offset
+            found.pop(IFD.Interop, None)  # an offset
             kept.get_ifd(tag).update({key: _as_bytes(value) for key, value in found.items()})
             kept[tag] = kept.get_ifd(tag)
     kept.tobytes()  # or raise here, not when all is computed
@@ -56,8 +55,8 @@ def _as_bytes(value: object) -> object:
 def result_exif(kept: Image.Exif | None, size: tuple[int, int], stamp: str) -> Image.Exif:
     """Returns the EXIF tags of a result: what is kept, its width and height, and its stamp."""
     exif = deepcopy(kept) or Image.Exif()
-    if EXIF_IFD in exif:
-        exif[EXIF_IFD] |= dict(zip((WIDTH, HEIGHT), size, strict=True))
+    if IFD.Exif in exif:
+        exif[IFD.Exif] |= {Tag.ExifImageWidth: size[0], Tag.ExifImageHeight: size[1]}
     if stamp:
         exif[STAMP] = stamp
     return exif
@@ -88,7 +87,7 @@ def left_out(image: Image.Image) -> list[str]:
     Of a PNG's colours only what differs from sRGB, and what no profile overrules.
     """
     notes, info = [], image.info
-    if IPTC in getattr(image, "tag_v2", {}) or PHOTOSHOP_IPTC in info.get("photoshop", {}):
+    if Tag.IPTCNAA in getattr(image, "tag_v2", {}) or PHOTOSHOP_IPTC in info.get("photoshop", {}):
         notes.append("its IPTC data are left out")
     if info.get("comment"):
         notes.append("its comment is left out")
