@@ -115,10 +115,10 @@ def read_photo(path: Path) -> Photo:
             upright, icc = _to_rgb(upright, image.info.get("icc_profile"), notes)
         if orientation in TURNS:
             upright = upright.transpose(TURNS[orientation])
-        rgb = upright.convert("RGB") if upright.mode != "RGB" else upright
-        photo = Photo(np.array(rgb), icc=icc, text=text, notes=notes)
-        if upright.mode == "RGBA" and upright.getextrema()[3][0] < 255:
-            photo.alpha = np.array(upright.getchannel("A"))
+        pixels = np.array(upright)  # RGB or RGBA
+        photo = Photo(np.ascontiguousarray(pixels[..., :3]), icc=icc, text=text, notes=notes)
+        if (pixels[..., 3:] < 255).any():
+            photo.alpha = np.ascontiguousarray(pixels[..., 3])
             _fill_hidden(photo.rgb, photo.alpha)
 
         # What goes with them
