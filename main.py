@@ -177,7 +177,9 @@ def test_image(
     LR tiles only the grid is used.
     """
     pipeline.check_hr_unchanged(job.source, hr_paths.get(job.name))
-    grid = pipeline.checked_grid(job.source, lr_tiles.get(job.name, {}))
+    cut = lr_tiles.get(job.name, {})
+    grid = tiles.Grid.of_tiles(job.source, cut, tiles.SLICE_AGAIN)
+    pipeline.check_source(cut[1, 1], job.source, tiles.SLICE_AGAIN)
     edges_path = options.edges and options.edges / f"{job.name}.png"
     stamp = stamp_of(job.source, enlarger.digest, edges_path, str(grid))
     unjoined = hr_tiles.get(job.name, {})

@@ -166,20 +166,6 @@ def check_size(hr: Path, lr: Path) -> None:
         raise ImageError(f"{hr}: is not {tiles.SCALE} times the size of {lr}; replace one of them")
 
 
-def checked_grid(lr: Path, found: dict[tiles.Position, Path]) -> tiles.Grid:
-    """Returns the grid of an LR image's tiles.
-
-    Raises:
-        ImageError: they are not complete, or not all of the image as it is now.
-    """
-    grid = tiles.Grid.of_tiles(lr, found, tiles.SLICE_AGAIN)
-    stamp = Stamp(files.digest(lr), str(grid))
-    for path in found.values():
-        if Stamp.read(path) != stamp:
-            raise ImageError(f"{path}: not cut from {lr.name} as it is now; {tiles.SLICE_AGAIN}")
-    return grid
-
-
 # What to work on ------------------------------------------------------------------------------
 
 ENDING, PREVIEW = f"_x{tiles.SCALE}", "_preview"  # of the names of results

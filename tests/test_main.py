@@ -219,6 +219,13 @@ def test_image_replaced_since_it_was_sliced_is_named(root, ckpts, capsys):
     assert np.abs(read_image(joined(root, 1)) - expected).max() <= 1
 
 
+def test_lr_tiles_of_another_program_give_their_grid(root, ckpts):
+    for tile in (root / TEST / LR / TILES).iterdir():
+        save(tile.parent, tile.name, read_image(tile))  # without a stamp
+    run_test(root, ckpts)
+    assert len(tiles(root)) == 27
+
+
 def test_interrupted_test_with_other_weights_does_not_pass(root, ckpts, other, monkeypatch, capsys):
     run_test(root, ckpts)
     join_all(root)
