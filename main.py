@@ -258,7 +258,7 @@ def upscale(options: Namespace) -> None:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
     texture = "" if options.texture is None else f"_{options.texture:g}"
     which = {"edge-srgan": "", "srresnet": "_fast", "srgan": f"_srgan{texture}"}[options.model]
-    ending = f"{pipeline.ENDING}{which}.{options.format}"
+    ending = f"_x{SCALE}{which}.{options.format}"
     found = pipeline.upscale_jobs(options.images, options.output, ending, options.recursive)
     jobs, work = found[0], partial(upscale_image, options)
     where = jobs[0].target if len(jobs) == 1 else options.output or "beside the originals"
@@ -269,7 +269,7 @@ def upscale_image(
     options: Namespace, enlarger: "Enlarger", job: Job, on_progress: OnProgress
 ) -> Finish | None:
     """Upscales one image unless its result is there; what is left to do is to write it."""
-    sheet = job.target.with_name(f"{job.target.stem}{pipeline.PREVIEW}.png")
+    sheet = job.target.with_name(f"{job.target.stem}_preview.png")
     targets = [job.target, sheet] if options.preview else [job.target]
     stamp = stamp_of(job.source, enlarger.digest, options.edges)
     existing = [target for target in targets if target.exists()]

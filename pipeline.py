@@ -168,7 +168,6 @@ def check_size(hr: Path, lr: Path) -> None:
 
 # What to work on ------------------------------------------------------------------------------
 
-ENDING, PREVIEW = f"_x{tiles.SCALE}", "_preview"  # of the names of results
 CANDIDATE = f"{tiles.JOINED}/candidate_{{}}.png"  # joined images, in TestSet/600px/output
 
 
