@@ -105,7 +105,7 @@ def draw_batches(
     """
     epoch, order = -1, None
     for number in count(start):
-        size = int(np.random.default_rng((seed, 0, number)).integers(sizes[0], sizes[1] + 1))
+        size = int(np.random.default_rng((seed, 0, number)).integers(*sizes, endpoint=True))
         # crops are counted over all batches and processes; `position` is a crop's number
         first = (number * world + rank) * batch_size
         requests = []
@@ -199,7 +199,7 @@ class PairedTiles(Dataset):
         changes = draw_colors(rng) if self.color else []
         flip, turns = bool(rng.integers(2)), int(rng.integers(4))
         softness = torch.from_numpy(rng.random(2, dtype=np.float32))
-        quality = int(rng.integers(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1))
+        quality = int(rng.integers(*JPEG_QUALITIES, endpoint=True))
         quality = quality if rng.random() < self.jpeg else None
 
         area = slice(top, top + request.size), slice(left, left + request.size)
