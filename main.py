@@ -375,8 +375,7 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
-        texture_help = "srgan's: 0 smooth and exact, 1 rich in texture"
-        add("--texture", type=fraction, shown=TEXTURE, help=texture_help)
+        add("--texture", type=fraction, shown=TEXTURE, help="srgan's: 0 smooth and exact, 1 rich")
         add("--generator", type=file, help="weight file of another generator, instead of --model")
     if name == "test":
         add("--edges", type=folder, help="folder of HR edges, {id}.png, instead of predicted ones")
@@ -393,28 +392,27 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
 
 def add_training_options(add: Callable[..., object], names: list[str], is_help: bool) -> None:
     """Adds what the training commands take; the help shows the stages' own values."""
-    count, count_or_none = console.count, console.count_or_none
-    option, positive = console.option, console.positive
-    crop = option(int, "a whole number of 8 or more", lambda n: n >= 8)  # SSIM's and Canny's reach
-    seed = option(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
+    # A crop is at least as large as SSIM and Canny reach.
+    crop = console.option(int, "a whole number of 8 or more", lambda n: n >= 8)
+    seed = console.option(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
     own = partial(recipe_values, names) if is_help else str  # which needs PyTorch
     add("--stage", choices=names, help="train this stage only")
     add("--resume", action="store_true", help="continue the last run")
     add("--accept-changes", action="store_true", help="with --resume: continue with other settings")
     add("--init", type=console.existing_file, help="weight file to start from")
     add("--publish", action="store_true", help="put the weights into --ckpts, better or not")
-    add("--steps", type=count, shown=own("steps"), help="updates of the weights")
-    add("--epochs", type=positive, help="number of passes over the tiles, instead of --steps")
-    add("--batch-size", type=count, shown=own("batch_size"), help="crops per process")
-    add("--learning-rate", type=positive, shown=own("learning_rate"), help="peak learning rate")
+    add("--steps", type=console.count, shown=own("steps"), help="updates of the weights")
+    add("--epochs", type=console.positive, help="passes over the tiles, instead of --steps")
+    add("--batch-size", type=console.count, shown=own("batch_size"), help="crops per process")
+    add("--learning-rate", type=console.positive, shown=own("learning_rate"), help="peak rate")
     add("--crop", type=crop, shown=own("crops"), help="LR pixels a side of the crops")
     add("--jpeg", type=fraction, shown=own("jpeg"), help="fraction of LR crops to save as JPEG")
-    add("--held-out", type=count_or_none, default=4, help="images kept for validation")
-    add("--checkpoint-every", type=count, default=500, help="batches between validations")
+    add("--held-out", type=console.count_or_none, default=4, help="images kept for validation")
+    add("--checkpoint-every", type=console.count, default=500, help="batches between validations")
     add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
     add("--runs", type=console.path, default=console.ROOT / "runs", help="folder of the runs")
     workers = min(8, console.processor_share())
-    add("--workers", type=count_or_none, default=workers, help="data-loading processes")
+    add("--workers", type=console.count_or_none, default=workers, help="data-loading processes")
     add("--seed", type=seed, default=0, help="random seed")
 
 
