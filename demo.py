@@ -9,9 +9,7 @@ and ground truth, side by side.
 import csv
 import subprocess
 import sys
-from collections.abc import Callable
 
-import numpy as np
 import skimage.data
 
 import console
@@ -21,7 +19,7 @@ from tiles import HR, JOINED, LR, OUTPUT, SCALE, TEST
 
 DEMO = console.ROOT / "demo"
 # How to load each, and the center of its detail on the sheet, as fractions of height and width.
-PHOTOGRAPHS: dict[str, tuple[Callable[[], np.ndarray], tuple[float, float]]] = {
+PHOTOGRAPHS = {
     "astronaut": (skimage.data.astronaut, (0.25, 0.45)),
     "chelsea": (skimage.data.chelsea, (0.40, 0.50)),
     "coffee": (skimage.data.coffee, (0.45, 0.50)),
