@@ -97,7 +97,6 @@ def draw_batches(
     """Yields batches of crop requests without end: every tile once an epoch, one size per batch.
 
     Args:
-        tile_count: how many there are.
         batch_size: crops per batch in each process.
         sizes: smallest and largest crop in LR pixels a side.
         start: number of the first batch.

@@ -116,8 +116,7 @@ class Grid:
         """Returns the grid that an image's tiles were cut by, from their rows, columns and sizes.
 
         Args:
-            lr: the LR image.
-            found: its tiles, at `scale` times the LR size.
+            found: the tiles, at `scale` times the size of the image `lr`.
             remedy: what to do where a tile is missing, or not of its place's size.
         """
         if not found:
