@@ -181,7 +181,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
         except (Exception, KeyboardInterrupt) as error:
             if device.rank == 0 and done.step and consistent:
                 checkpoints.save_anyway(save, folder, done)
-            if is_out_of_memory(error) and not isinstance(error, MemoryError):
+            if is_out_of_memory(error):
                 raise MemoryError("Memory is full; give a smaller --batch-size") from error
             raise
 
