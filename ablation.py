@@ -37,7 +37,7 @@ GENERATORS = {  # what is compared: whose weights, and their shares
 COLORS = "red", "green", "blue"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures all variants and prints two tables."""
     parser = console.Parser(__doc__)
     add, root = parser.add_argument, console.ROOT
@@ -46,7 +46,7 @@ def main() -> None:
     add("--ckpts", type=console.existing_folder, default=root / "ckpts", help="folder of weights")
     add("--jpeg", type=quality, help="quality of the JPEG to save LR as first")
     add("--output", type=console.path, shown="ROOT/ablation", help="folder of tables and images")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     output = options.output or options.root / "ablation"
     lr_paths, hr_paths = (tiles.find_images(options.root / TEST / size)[0] for size in (LR, HR))
     pairs = {name: (lr_paths[name], hr_paths[name]) for name in lr_paths if name in hr_paths}

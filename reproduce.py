@@ -9,16 +9,14 @@ the table of `ablation.py` if DATA/TestSet/2400px holds images.
 """
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
+import ablation
 import console
 import files
 import main
@@ -76,10 +74,7 @@ def run() -> None:
         plan[name] = DONE
         device.from_first(save_plan, plan_path, plan)
     if device.rank == 0 and (options.root / tiles.TEST / tiles.HR).is_dir():
-        arguments = ["--root", options.root, "--ckpts", options.ckpts]
-        alone = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
-        command = [sys.executable, console.ROOT / "ablation.py", *arguments]
-        subprocess.run(command, check=True, env=alone)
+        ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
 
 
 def known_stages(text: str) -> list[str]:

@@ -19,7 +19,7 @@ def reproduced(sliced, ckpts, vgg, tmp_path, monkeypatch, capsys):
         given += ["--ckpts", tmp_path / "ckpts", "--runs", tmp_path / "runs"]
         given += ["--held-out", 1, "--crop", 16, *more]
         monkeypatch.setattr("sys.argv", ["reproduce.py", *map(str, given)])
-        monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: None)  # the ablation
+        monkeypatch.setattr(reproduce.ablation, "main", lambda _: None)
         with console.plain_errors():
             reproduce.run()
         return capsys.readouterr().out
