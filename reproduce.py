@@ -13,7 +13,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import ablation
@@ -42,10 +42,12 @@ def run() -> None:
     """Trains the stages one after the other."""
     parser = console.Parser(__doc__)
     add, root, folder = parser.add_argument, console.ROOT, console.existing_folder
+    wanted = f"one or more of {','.join(SHARES)}"
+    known = console.option(lambda text: text.split(","), wanted, set(SHARES).issuperset)
     add("--minutes", type=console.positive, required=True, help="time for all stages")
     add("--root", type=folder, default=root, help="folder of TrainingSet/, sliced")
     add("--init", type=folder, help="folder of weights to start from")
-    add("--stages", type=known_stages, default=list(SHARES), shown="all", help="only these")
+    add("--stages", type=known, default=SHARES, shown="all", help="only these")
     add("--resume", action="store_true", help="continue the last run")
     add("--ckpts", type=console.path, default=root / "ckpts", help="folder of the weights")
     add("--runs", type=console.path, default=root / "runs", help="folder of the runs")
@@ -56,7 +58,7 @@ def run() -> None:
     end, plan_path = time.monotonic() + 60 * options.minutes, options.runs / "reproduce.json"
     plan = json.loads(plan_path.read_text()) if options.resume and plan_path.exists() else {}
     device = open_device(training=True)
-    left = [name for name in options.stages if plan.get(name) != DONE]
+    left = [name for name in SHARES if name in options.stages and plan.get(name) != DONE]
     for number, name in enumerate(left):
         share = SHARES[name] / sum(SHARES[each] for each in left[number:])
         given, command = stage_options(name, options, device)
@@ -75,13 +77,6 @@ def run() -> None:
         device.from_first(save_plan, plan_path, plan)
     if device.rank == 0 and (options.root / tiles.TEST / tiles.HR).is_dir():
         ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
-
-
-def known_stages(text: str) -> list[str]:
-    """Parses a list of stages; returns them in the order of training."""
-    if unknown := set(text.split(",")) - SHARES.keys():
-        raise ArgumentTypeError(f"{min(unknown)} is not one of {', '.join(SHARES)}")
-    return [name for name in SHARES if name in text.split(",")]
 
 
 def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list[str]]:
