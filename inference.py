@@ -4,6 +4,7 @@ A window is computed with a halo of its surroundings, which is then cut off, so 
 without seams. Memory depends on the windows; of the image itself only 8-bit copies are kept.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -202,10 +203,8 @@ def for_inference(network: nn.Module, device: Device) -> nn.Module:
 
     A batch norm `bn2` belongs to the convolution `conv2` beside it.
     """
-    copy = type(network)(**network.arguments)
-    copy.load_state_dict(network.state_dict())
-    copy.eval()
-    for module in list(copy.modules()):
+    folded = copy.deepcopy(network).eval()
+    for module in list(folded.modules()):
         if hasattr(module, "weight_orig"):
             remove_spectral_norm(module)
         for name, child in list(module.named_children()):
@@ -215,4 +214,4 @@ def for_inference(network: nn.Module, device: Device) -> nn.Module:
                 setattr(module, name, nn.Identity())
             elif isinstance(child, nn.PReLU):
                 setattr(module, name, nn.LeakyReLU(child.weight.item(), inplace=True))
-    return device.place(copy.requires_grad_(False))
+    return device.place(folded.requires_grad_(False))

@@ -83,7 +83,7 @@ class Stage:
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
     newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
     judge_rate: ClassVar[float] = 1.0  # discriminator's learning rate relative to the generator's
-    edge_generator: EdgeGenerator | None = None  # that predicts the edges to validate with
+    edge_generator: EdgeGenerator | None = None  # that predicts edges, see `for_inference`
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         """Makes the networks, from the weights they start from.
@@ -354,8 +354,7 @@ class PreModel(Stage):
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
         super().__init__(recipe, options, device)
         path = files.weight_path(options.ckpts, "EdgeModel")
-        self.edge_generator = self.load(path, EdgeGenerator)
-        self.edge_predictor = for_inference(self.edge_generator, self.device)
+        self.edge_generator = for_inference(self.load(path, EdgeGenerator), self.device)
 
     def parameter_groups(self, key: str) -> list[dict]:
         (group,), rate = super().parameter_groups(key), self.recipe.trunk_rate
@@ -369,7 +368,7 @@ class PreModel(Stage):
     def hr_edges(self, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
         count = math.ceil(self.recipe.true_edges * len(batch["lr"]))
-        predicted = self.edge_predictor(batch["lr"][count:], batch["lr_edges"][count:])
+        predicted = self.edge_generator(batch["lr"][count:], batch["lr_edges"][count:])
         return torch.cat([batch["hr_edges"][:count], predicted])
 
     def generate(self, batch: Batch) -> Tensor:
