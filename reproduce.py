@@ -79,7 +79,7 @@ def run() -> None:
         ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
 
 
-def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list[str]]:
+def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list]:
     """Returns the options of a stage's training and the command line that gives them."""
     command = next(command for command, names in main.TRAINS.items() if name in names)
     argv = ["--stage", name, "--publish", "--root", options.root, "--crop", options.crop]
@@ -89,10 +89,9 @@ def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namesp
         argv += ["--init", start]
     if options.vgg:
         argv += ["--vgg", options.vgg]
-    argv = list(map(str, argv))
     if device.torch_device.type == "cuda":
-        argv += ["--batch-size", str(CUDA_BATCHES.get(name, 32))]
-    given = main.parser_of(command).parse_args(argv)
+        argv += ["--batch-size", CUDA_BATCHES.get(name, 32)]
+    given = main.parser_of(command).parse_args([str(each) for each in argv])
     return given, [command, *argv]
 
 
