@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 import console
 import files
 import metrics
@@ -102,7 +100,7 @@ def save(folder: Path, parts: dict, done: Progress, settings: dict) -> None:
         NotFiniteError: a weight is not finite; nothing is written.
     """
     current = {key: part.state_dict() for key, part in parts.items()}
-    if not is_finite(current):
+    if not weights.is_finite(current):
         raise NotFiniteError("not finite")
     weights.save_network(parts["ema"], folder / "latest.pth")
     content = {"progress": vars(done), "settings": settings, "parts": current}
@@ -169,7 +167,7 @@ def restore(parts: dict, state: dict, path: Path) -> None:
     """Loads networks and optimisers from a state; the optimisers keep their settings.
 
     Raises:
-        UserError: it is of other networks, or not finite.
+        UserError: it is of other networks.
     """
     try:
         for key, part in parts.items():
@@ -180,13 +178,3 @@ def restore(parts: dict, state: dict, path: Path) -> None:
     except (KeyError, RuntimeError, ValueError) as error:
         reason = console.one_line(error)[:200]
         raise UserError(f"{path}: does not fit this run ({reason}); leave --resume out") from error
-    if not is_finite(state["parts"]):
-        raise UserError(f"{path}: holds weights that are not finite; leave --resume out")
-
-
-def is_finite(state: object) -> bool:
-    """Returns whether all tensors in a state are finite, however nested."""
-    if isinstance(state, Tensor):
-        return bool(state.isfinite().all())
-    values = state.values() if isinstance(state, dict) else state
-    return not isinstance(state, dict | list) or all(map(is_finite, values))

@@ -64,7 +64,7 @@ def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Returns the state dict in a weight file, by its current keys; all of it is finite."""
+    """Returns the state dict in a weight file, by its current keys."""
     content = load_file(path, "train it first, or " + ANOTHER)
     while inner := [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]:
         content = inner[0]
@@ -72,8 +72,6 @@ def load_state(path: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise UserError(f"{path}: holds no state dict; {ANOTHER}")
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {key} is not finite; give a file saved earlier")
         name = re.sub(PREFIXES, "", key)
         match = re.match(NUMBERED, name)
         name = f"residual_blocks{match[1] or ''}.{int(match[2]) - 1}.{match[3]}" if match else name
@@ -111,7 +109,7 @@ def save_file(content: dict, path: Path) -> None:
 
 
 def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
-    """Returns what a file of tensors and plain values holds, on the CPU; runs no code in it.
+    """Returns what a file of finite tensors and plain values holds, on the CPU; runs no code in it.
 
     Args:
         if_missing: what to do where there is no such file.
@@ -127,4 +125,14 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
         raise UserError(f"{path}: {reason}; {ANOTHER}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict; {ANOTHER}")
+    if not is_finite(content):
+        raise UserError(f"{path}: holds numbers that are not finite; {ANOTHER}")
     return content
+
+
+def is_finite(content: object) -> bool:
+    """Returns whether all tensors are finite, however nested in dicts and lists."""
+    if isinstance(content, Tensor):
+        return bool(content.isfinite().all())
+    values = content.values() if isinstance(content, dict) else content
+    return not isinstance(content, dict | list) or all(map(is_finite, values))

@@ -24,6 +24,7 @@ import files
 import images
 import slice_images_w_overlapping
 import training
+import weights
 from console import ImageError
 from dataset import PairedTiles, draw_batches, split
 from device import open_device
@@ -895,7 +896,7 @@ def test_diverged_training_stops_and_keeps_the_last_good_files(folder, given, re
     line = refused(SRResNetModel, given(SRResNetModel, checkpoint_every=every, **wild))
     assert 2 < int(re.search(r"step (\d+)", line)[1]) <= 22
     assert "--learning-rate" in line and str(paths[0].parent) in line
-    assert all(checkpoints.is_finite(load_file(path)) for path in paths)
+    assert all(weights.is_finite(load_file(path)) for path in paths)
     if every == 500:
         assert [path.read_bytes() for path in paths[:2]] == before[:2]
 
