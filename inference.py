@@ -98,9 +98,8 @@ class Enlarger:
         Raises:
             UserError: a file that is needed is not there, or holds another network.
         """
-        network, edges, paths = None, None, list(shares)
-        if shares:
-            network = weights.interpolate(shares, Generator, SRResNet)
+        network = weights.interpolate(shares) if shares else None
+        edges, paths = None, list(shares)
         if network is None or isinstance(network, Generator):
             edges = weights.load_network(edge_generator, EdgeGenerator)
             paths.append(edge_generator)

@@ -43,8 +43,8 @@ def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
     return build_network(load_state(path), path, *kinds)
 
 
-def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module:
-    """Returns a network whose weights are a weighted mean of several files', of one architecture.
+def interpolate(shares: dict[Path, float]) -> SRResNet:
+    """Returns an HR generator whose weights are a weighted mean of several files'.
 
     Args:
         shares: how much of each network's weights, 1 in all (Wang et al., ESRGAN, arXiv 1809.00219,
@@ -60,7 +60,7 @@ def interpolate(shares: dict[Path, float], *kinds: type[nn.Module]) -> nn.Module
         key: sum(share * states[path][key].float() for path, share in shares.items())
         for key in states[first]
     }
-    return build_network(mixed, first, *kinds)
+    return build_network(mixed, first, Generator, SRResNet)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
