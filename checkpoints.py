@@ -123,7 +123,7 @@ def publish(
     """Copies a run's best weights to where tests and later stages look for them.
 
     Unless those there are as good: they validate as well or, where validation does not judge (see
-    `Stage.newest_is_best`) or there is none, this run is shorter than the stage's recipe.
+    `Stage.best_by`) or there is none, this run is shorter than the stage's recipe.
     What is replaced is kept in the run's folder.
 
     Args:
@@ -139,7 +139,7 @@ def publish(
         table = {stage.compared_with: reference, "published": old}
         rows = (table | {f"step {step}": done.best}).items()
         metrics.print_table([row for row in rows if row[1]])
-    if done.best and not stage.newest_is_best:
+    if done.best and stage.best_by:
         better, reason = stage.better(done.best, old), f"{source} is not better"
     else:
         better = complete and (done.step >= steps or not target.exists())

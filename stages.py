@@ -79,9 +79,8 @@ class Stage:
     kinds: ClassVar[tuple[type[nn.Module], ...]]  # of generator to start from; the first if none
     starts_from: ClassVar[str] = ""  # name of the weights it starts from unless `--init` is given
     needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
-    best_by: ClassVar[str] = "SSIM"  # validation metric by which weights are the best
+    best_by: ClassVar[str] = "SSIM"  # metric by which weights are the best; "": the newest are
     compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
-    newest_is_best: ClassVar[bool] = False  # no metric here judges what a discriminator teaches
     judge_rate: ClassVar[float] = 1.0  # discriminator's learning rate relative to the generator's
     edge_generator: EdgeGenerator | None = None  # that predicts edges, see `for_inference`
 
@@ -176,7 +175,7 @@ class Stage:
 
     def better(self, found: Metrics, than: Metrics) -> bool:
         """Returns whether weights replace others, by the metrics of both; {} is the worst."""
-        if self.newest_is_best:
+        if not self.best_by:
             return bool(found)
         return found.get(self.best_by, -math.inf) > than.get(self.best_by, -math.inf)
 
@@ -288,7 +287,7 @@ class SRGANModel(SRResNetModel):
 
     name = publishes = "SRGAN"
     starts_from = "SRResNet"
-    newest_is_best = True
+    best_by = ""  # no metric here judges what a discriminator teaches
     judge_rate = 2.0  # else it never sees what the generator paints (arXiv 1706.08500: TTUR)
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
@@ -386,7 +385,7 @@ class SRModel(PreModel):
 
     name = publishes = "SRModel"
     starts_from = "PreModel"
-    newest_is_best = True
+    best_by = ""
     recipe = Recipe(
         steps=250_000,
         crops=(16, 31),
