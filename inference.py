@@ -112,15 +112,12 @@ class Enlarger:
         edges: np.ndarray | None = None,
         on_progress: OnProgress = lambda _: None,
     ) -> np.ndarray:
-        """Returns the HR image of an LR image; a grey one's is grey.
+        """Returns the HR image of an LR image, `(4H, 4W, 3)` uint8, RGB; a grey one's is grey.
 
         Args:
             lr: `(H, W, 3)` uint8, RGB.
             edges: HR edges to use instead of predicted ones, `(4H, 4W)` uint8 in [0, 255].
             on_progress: called after every window with the fraction of the work it was.
-
-        Returns:
-            `(4H, 4W, 3)` uint8, RGB.
 
         Raises:
             MemoryError: memory does not suffice for the smallest windows.

@@ -22,16 +22,12 @@ Metrics = dict[str, float]
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float) -> Tensor:
-    """Returns structural similarity (Wang et al., 2004): 11 x 11 Gaussian window, sigma 1.5, mean.
-
-    Only windows that lie within the image count, as in scikit-image.
+    """Returns structural similarity (Wang et al., 2004), a scalar: the mean over 11 x 11 Gaussian
+    windows of sigma 1.5. Only those that lie within the image count, as in scikit-image.
 
     Args:
         a, b: (N, C, H, W), sides of at least 11.
         data_range: largest minus smallest possible value.
-
-    Returns:
-        A scalar, at most 1.
     """
     channels = a.shape[1]
     x = torch.arange(-5, 6, dtype=a.dtype, device=a.device)
@@ -51,11 +47,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> Tensor:
 
 
 def original_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Returns SSIM by Edge.SRGAN's formula: of RGB in [-1, 1], data range 2.
-
-    Args:
-        a, b: (N, 3, H, W) in [0, 1].
-    """
+    """Returns SSIM of (N, 3, H, W) RGB in [0, 1] by Edge.SRGAN's formula: on [-1, 1], range 2."""
     return ssim(2 * a - 1, 2 * b - 1, data_range=2)
 
 

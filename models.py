@@ -86,9 +86,7 @@ def normalised(conv: nn.Module) -> list[nn.Module]:
 class EdgeGenerator(nn.Module):
     """Predicts the HR image's Canny edges from the LR image and its Canny edges.
 
-    Args:
-        width: channels of the first convolution.
-        blocks: residual blocks in the middle.
+    `width` channels at first, four times as many in the `blocks` residual blocks in the middle.
     """
 
     def __init__(self, width: int = 64, blocks: int = 8) -> None:
@@ -136,11 +134,7 @@ class EdgeResidualBlock(nn.Module):
 
 
 class EdgeDiscriminator(nn.Module):
-    """PatchGAN: tells Canny's edges from predicted ones, a patch at a time, given the HR image.
-
-    Args:
-        width: channels of the first convolution.
-    """
+    """PatchGAN: tells Canny's edges from predicted ones, given HR; `width` channels at first."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -283,11 +277,7 @@ class Generator(SRResNet):
 
 
 class Discriminator(nn.Module):
-    """Tells real HR images from generated ones, of any size.
-
-    Args:
-        width: channels of the first convolution.
-    """
+    """Tells real HR images from generated ones, of any size; `width` channels at first."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
