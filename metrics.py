@@ -145,9 +145,9 @@ def against_bicubic(lr: np.ndarray, hr: np.ndarray, sr: np.ndarray, device: Devi
     return compare(sr, hr, device) | {f"{key} bicubic": value for key, value in baseline.items()}
 
 
-def mean_of(rows: list[Metrics]) -> Metrics:
-    """Returns each metric's mean."""
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+def mean_of(rows: list[Metrics] | list[dict[str, Tensor]]) -> Metrics:
+    """Returns each metric's mean; scalar tensors are added up where they are."""
+    return {key: float(sum(row[key] for row in rows)) / len(rows) for key in rows[0]}
 
 
 def write_csv(path: Path, rows: list[tuple[str, Metrics]]) -> None:

@@ -154,7 +154,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
                     for terms in all_terms.values():
                         terms["sum"] = sum(terms.values())
                         (terms["sum"] / recipe.accumulate).backward()
-                    log.count(all_terms, scalars, len(batch["lr"]))
+                    log.count(all_terms, scalars)
                 device.average_gradients(networks.values())
                 consistent = False
                 for optimizer in optimizers.values():
@@ -336,6 +336,7 @@ class Log(contextlib.AbstractContextManager):
 
     def __init__(self, stage: Stage, folder: Path, settings: dict, done: Progress) -> None:
         self.done, self.device = done, stage.device
+        self.crops_per_batch = stage.recipe.batch_size * stage.device.world
         self.writers: list[SummaryWriter] = []
         self.bar = console.progress(
             desc=stage.name, total=settings["steps"], initial=done.step, unit="step"
@@ -374,26 +375,23 @@ class Log(contextlib.AbstractContextManager):
             )
 
     def restart(self) -> None:
-        """Resets the means and the timer."""
-        self.sums: dict[str, Tensor] = {}
-        self.batches, self.crops, self.since = 0, 0, time.monotonic()
+        """Forgets what was counted, and the time it took."""
+        self.batches: list[dict[str, Tensor]] = []
+        self.since = time.monotonic()
 
-    def count(self, all_terms: Losses, scalars: dict[str, Tensor], crops: int) -> None:
-        """Adds a batch's losses without waiting for the device."""
+    def count(self, all_terms: Losses, scalars: dict[str, Tensor]) -> None:
+        """Keeps what is to be logged of a batch, without waiting for the device."""
         for key, terms in all_terms.items():
             scalars = scalars | {f"loss {key}/{term}": value for term, value in terms.items()}
-        for key, value in scalars.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach()
-        self.batches += 1
-        self.crops += crops
+        self.batches.append({key: value.detach() for key, value in scalars.items()})
 
     def flush(self, rate: float) -> None:
         """Logs the means since the last call; raises NotFiniteError if a loss's is not."""
-        means = {key: float(value) / self.batches for key, value in self.sums.items()}
+        means = metrics.mean_of(self.batches)
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         if self.device.any_process(not all(map(math.isfinite, sums.values()))):
             raise NotFiniteError("a loss is not finite")
-        speed = self.crops * self.device.world / (time.monotonic() - self.since)
+        speed = len(self.batches) * self.crops_per_batch / (time.monotonic() - self.since)
         self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
         self.bar.set_postfix(sums, refresh=False)  # else every time a line in a log file
 
