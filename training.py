@@ -428,25 +428,24 @@ class Log(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def interruptible(notice: bool) -> Iterator[list[int]]:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into entries of the list it yields; a second acts at once.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into entries of the list it yields; a second interrupts.
 
     Args:
         notice: tell the user that training will stop, which can take a validation's time.
     """
     received: list[int] = []
-    before: dict[int, object] = {}
 
     def note(number: int, _: object) -> None:
+        if number in received:  # by default SIGHUP, which may come twice, would end all unsaved
+            raise KeyboardInterrupt
         received.append(number)
         if notice:  # not by `print`, which cannot interrupt itself
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, STOPPING)
-        signal.signal(number, before[number])
 
     with contextlib.ExitStack() as stack:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows lacks the last
             if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                before[number] = signal.signal(number, note)  # else nohup's
-                stack.callback(signal.signal, number, before[number])
+                stack.callback(signal.signal, number, signal.signal(number, note))  # else nohup's
         yield received
