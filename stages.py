@@ -305,7 +305,6 @@ class SRGANModel(SRResNetModel):
         relativistic = losses.relativistic(on_hr, on_detached)
         return {"gen": terms, "dis": {"relativistic": relativistic}}, scores(on_hr, on_detached)
 
-    @torch.no_grad()
     def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
         """Returns the metrics of an image, and how far its features are from ground truth's."""
         hr = hr[: sr.shape[0], : sr.shape[1]]
@@ -363,7 +362,6 @@ class PreModel(Stage):
         rest = [p for p in group["params"] if p not in slower]
         return [group | {"params": rest}, group | {"params": [*slower], "factor": rate}]
 
-    @torch.no_grad()
     def hr_edges(self, batch: Batch) -> Tensor:
         """Returns HR edges (N, 1, 4H, 4W) in [0, 1]: first the true ones, then the predicted."""
         count = math.ceil(self.recipe.true_edges * len(batch["lr"]))
