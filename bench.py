@@ -67,7 +67,7 @@ def measure(name: str, plain: bool, options: Namespace) -> tuple[float, int]:
     """Returns the seconds of one measurement and the most bytes that this process has used."""
     kind = device.choose_kind(options.device)
     if plain:
-        on = device.Device(torch.device(kind))  # without what is done for speed
+        on = device.Device(torch.device(kind), layout=torch.contiguous_format)
     else:
         on = device.open_device(options.device, options.precision, name == "training step")
     seconds = MEASURES[name](on, plain)
@@ -107,8 +107,8 @@ def test(on: device.Device, plain: bool, with_edges: bool = True) -> float:
         enlarger(lr if on.torch_device.type == "cuda" else lr[:TILE, :TILE])
         return timed(lambda: enlarger(lr))
     for network in (generator, edge_generator):
-        make_plain(network).to(on.torch_device).eval()
-    lr = torch.rand(1, 3, TILE, TILE, device=on.torch_device)
+        on.place(make_plain(network)).eval()
+    lr = on.send(torch.rand(1, 3, TILE, TILE))
 
     @torch.no_grad()
     def tile() -> None:
@@ -120,12 +120,11 @@ def test(on: device.Device, plain: bool, with_edges: bool = True) -> float:
 
 def train(on: device.Device, plain: bool) -> float:
     """Measures a step of the generator: forward, backward, update."""
-    generator = models.Generator(*GENERATOR).to(on.torch_device)
-    generator = make_plain(generator) if plain else on.place(generator)
+    generator = models.Generator(*GENERATOR)
+    generator = on.place(make_plain(generator) if plain else generator)
     optimizer = torch.optim.Adam(generator.parameters(), fused=not plain)
     shapes = (3, CROP), (1, SCALE * CROP), (3, SCALE * CROP)
-    batch = [torch.rand(BATCH, n, side, side, device=on.torch_device) for n, side in shapes]
-    lr, hr_edges, hr = batch if plain else map(on.send, batch)
+    lr, hr_edges, hr = (on.send(torch.rand(BATCH, n, side, side)) for n, side in shapes)
 
     def step() -> None:
         with on.autocast():
