@@ -14,7 +14,7 @@ from models import EdgeGenerator, Generator, SRResNet
 WRAPPERS = ("generator", "params_ema", "ema", "params", "state_dict", "model_state_dict")
 WRAPPERS += ("model", "net", "parts")
 PREFIXES = r"^((module|_orig_mod|model|generator|net_g)\.)+"  # DataParallel, torch.compile, ...
-NUMBERED = r"^residual_block(_edges)?(\d+)\.(.*)"  # as Edge.SRGAN does, from 1
+NUMBERED = r"^residual_block(_edges)?(\d+)\."  # as Edge.SRGAN does, from 1
 ANOTHER = "give another file"
 
 
@@ -73,8 +73,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise UserError(f"{path}: holds no state dict; {ANOTHER}")
         name = re.sub(PREFIXES, "", key)
-        match = re.match(NUMBERED, name)
-        name = f"residual_blocks{match[1] or ''}.{int(match[2]) - 1}.{match[3]}" if match else name
+        name = re.sub(NUMBERED, lambda m: f"residual_blocks{m[1] or ''}.{int(m[2]) - 1}.", name)
         state[name] = value
     return state
 
