@@ -108,7 +108,6 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
 
     # Train
     saved = time.monotonic()
-    problems: list[Exception] = []
     consistent = True  # not amid the updates of a step
     log = Log(stage, folder, settings, done)
     with interruptible(notice=device.rank == 0) as interrupted, log:
@@ -137,6 +136,8 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
                 fetched = list(islice(batches, recipe.accumulate))
                 problems = [each for each in fetched if isinstance(each, Exception)]
                 if device.any_process(bool(problems or interrupted)):
+                    if problems := device.gather(problems):
+                        raise problems[0]
                     device.from_first(checkpoints.save_anyway, save, folder, done)
                     break
 
@@ -187,8 +188,6 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
 
         # Publish
         device.from_first(checkpoints.publish, stage, folder, options, done, there, reference)
-        if problems := device.gather(problems):
-            raise problems[0]
         if device.any_process(bool(interrupted)):
             raise KeyboardInterrupt
 
