@@ -369,9 +369,7 @@ class Log(contextlib.AbstractContextManager):
             yield
         except Exception as error:  # whatever TensorBoard raises
             self.writers = []
-            console.warn(
-                f"No more curves in TensorBoard, training continues: {console.one_line(error)}"
-            )
+            console.warn(f"Training continues without curves: {console.one_line(error)}")
 
     def restart(self) -> None:
         """Forgets what was counted, and the time it took."""
@@ -416,9 +414,9 @@ class Log(contextlib.AbstractContextManager):
             hr = images.read_image(hr_path)[tiles.scaled(area)]
             for title, columns in stage.samples(enlarger, lr[area], hr).items():
                 rows[title].append(np.hstack(columns))
-        for title, each in rows.items():
-            sheet = np.atleast_3d(np.vstack(each))
-            with self.optional():
+        with self.optional():
+            for title, each in rows.items():
+                sheet = np.atleast_3d(np.vstack(each))
                 self.writers[0].add_image(title, sheet, self.done.step, dataformats="HWC")
 
 
