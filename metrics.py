@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import console
 import files
@@ -65,12 +65,9 @@ def precision_recall(edges: Tensor, hr_edges: Tensor, tolerance: int = 0) -> tup
         tolerance: pixels by which an edge may be missed and still count as hit.
     """
     edges, hr_edges = (edges > 0.5).float(), (hr_edges > 0.5).float()
-    size = 2 * tolerance + 1
-    near_edges, near_hr_edges = (
-        F.max_pool2d(each, size, stride=1, padding=tolerance) for each in (edges, hr_edges)
-    )
-    precision = (edges * near_hr_edges).sum() / edges.sum().clamp(min=1)
-    recall = (hr_edges * near_edges).sum() / hr_edges.sum().clamp(min=1)
+    near = nn.MaxPool2d(2 * tolerance + 1, stride=1, padding=tolerance)
+    precision = (edges * near(hr_edges)).sum() / edges.sum().clamp(min=1)
+    recall = (hr_edges * near(edges)).sum() / hr_edges.sum().clamp(min=1)
     return precision, recall
 
 
