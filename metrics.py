@@ -30,8 +30,7 @@ def ssim(a: Tensor, b: Tensor, data_range: float) -> Tensor:
         data_range: largest minus smallest possible value.
     """
     channels = a.shape[1]
-    x = torch.arange(-5, 6, dtype=a.dtype, device=a.device)
-    line = torch.exp(-(x**2) / (2 * 1.5**2))
+    line = torch.signal.windows.gaussian(11, std=1.5, dtype=a.dtype, device=a.device)
     line = (line / line.sum()).expand(channels, 1, 1, 11)
 
     def blur(image: Tensor) -> Tensor:
