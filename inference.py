@@ -125,9 +125,8 @@ class Enlarger:
         edge_share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
         if edge_share:
             edges = self.predict_edges(lr, lambda part: on_progress(edge_share * part))
-        rest = 1 - edge_share
         sr = self._retry_in_smaller_windows(
-            self._render, lr, edges, lambda part: on_progress(rest * part)
+            self._render, lr, edges, lambda part: on_progress((1 - edge_share) * part)
         )
         if (lr == lr[..., :1]).all():
             sr = np.repeat(sr.mean(axis=2, keepdims=True).round().astype(np.uint8), 3, axis=2)
