@@ -1,7 +1,6 @@
 """The folder of a training run, the state in it to resume from, and the weights it publishes."""
 
 import contextlib
-import filecmp
 import itertools
 import shutil
 from argparse import Namespace
@@ -136,15 +135,14 @@ def publish(
     complete = step >= stage.recipe.steps
     if done.best:
         source, step = folder / "best.pth", done.best_step
-        table = {stage.compared_with: reference, "published": old}
-        rows = (table | {f"step {step}": done.best}).items()
+        rows = (stage.compared_with, reference), ("published", old), (f"step {step}", done.best)
         metrics.print_table([row for row in rows if row[1]])
     if done.best and stage.best_by:
         better, reason = stage.better(done.best, old), f"{source} is not better"
     else:
         better = complete and (done.step >= steps or not target.exists())
         reason = f"{source} has had {done.step} of the {steps} steps of {stage.name}'s recipe"
-    if target.exists() and source.exists() and filecmp.cmp(source, target, shallow=False):
+    if target.exists() and source.exists() and files.digest(source) == files.digest(target):
         console.info(f"{target}: is {source} already, of step {step}")
     elif not (better or (options.publish and complete)):
         console.info(f"{target}: unchanged, for {reason}; copy that file, or give --publish")
