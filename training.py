@@ -85,7 +85,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
     parts = {**networks, "ema": ema, **{f"{key} adam": each for key, each in optimizers.items()}}
 
     # Resume, or start from scratch in a new folder
-    settings = run_settings(stage, options, dataset, list(held_out))
+    settings = run_settings(stage, options, dataset, held_out)
     folder, state, settings = device.from_first(checkpoints.begin, stage, options, settings)
     done = Progress(**state.get("progress", {}))
     if state:
@@ -195,9 +195,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
 # Settings -------------------------------------------------------------------------------------
 
 
-def run_settings(
-    stage: Stage, options: Namespace, dataset: PairedTiles, held_out: list[str]
-) -> dict:
+def run_settings(stage: Stage, options: Namespace, dataset: PairedTiles, held_out: Pairs) -> dict:
     """Returns the settings that a resumed training must share with the interrupted one."""
     recipe, device = stage.recipe, stage.device
     values = asdict(recipe) | {"schedule": recipe.schedule.__name__}
@@ -207,7 +205,7 @@ def run_settings(
     return {key.replace("_", " "): value for key, value in values.items()} | {
         "precision": str(device.dtype).removeprefix("torch."),
         "seed": options.seed,
-        "held-out images": held_out,
+        "held-out images": list(held_out),
         "training images": dataset.names,
         "tiles": len(dataset),
     }
