@@ -116,7 +116,7 @@ class Enlarger:
 
         Args:
             lr: `(H, W, 3)` uint8, RGB.
-            edges: HR edges to use instead of predicted ones, `(4H, 4W)` uint8 in [0, 255].
+            edges: HR edges to use, not predicted ones, `(4H, 4W)` or larger, uint8 in [0, 255].
             on_progress: called after every window with the fraction of the work it was.
 
         Raises:

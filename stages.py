@@ -268,12 +268,6 @@ class EdgeModel(EdgePreModel):
 # The HR generator -----------------------------------------------------------------------------
 
 
-def with_true_edges(enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
-    """Returns the HR image that is made with the ground truth's edges."""
-    height, width = (SCALE * side for side in lr.shape[:2])
-    return enlarger(lr, images.canny(hr[:height, :width]))
-
-
 class SRResNetModel(Stage):
     """The HR generator without edges, which is the SRResNet of Ledig et al."""
 
@@ -334,7 +328,7 @@ class EdgeStageModel(Stage):
             return self.generator(batch["lr"], batch["hr_edges"])
 
     def upscale(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
-        return with_true_edges(enlarger, lr, hr)
+        return enlarger(lr, images.canny(hr))
 
 
 class PreModel(Stage):
@@ -374,7 +368,7 @@ class PreModel(Stage):
 
     def validate(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Metrics:
         found = super().validate(enlarger, lr, hr)
-        true = self.compare(with_true_edges(enlarger, lr, hr), hr)
+        true = self.compare(enlarger(lr, images.canny(hr)), hr)
         return found | {f"{key} true edges": true[key] for key in ("PSNR", "SSIM")}
 
 
