@@ -155,8 +155,7 @@ class Enlarger:
     def _predict_edges(self, lr: np.ndarray, on_progress: OnProgress) -> np.ndarray:
         asked = full_area(lr.shape)
         missing = [(0, max(0, SMALLEST_SIDE - side)) for side in lr.shape[:2]]
-        if any(map(any, missing)):
-            lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
+        lr = np.pad(lr, (*missing, (0, 0)), mode="edge")
         area = full_area(lr.shape)
         edges = np.empty(shape_of(scaled(area)), np.uint8)
         places = list(windows(area, self.windows.edges, EDGE_HALO, lr.shape))
