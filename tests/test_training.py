@@ -612,6 +612,18 @@ def test_interrupted_training_saves_and_says_how_to_go_on(folder, given, monkeyp
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_signal_stops_at_once_and_saves(folder, given, monkeypatch, capfd):
+    def interrupt():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_at(monkeypatch, SRResNetModel, 3, interrupt)
+    with pytest.raises(SystemExit) as ended:
+        fit(SRResNetModel, given(SRResNetModel, steps=100))
+    assert ended.value.code == 130 and "saved at step 3" in capfd.readouterr().err
+    assert step(folder, SRResNetModel) == 3
+
+
 def test_ctrl_c_in_the_last_validation_ends_the_command_as_well(folder, given, monkeypatch):
     """Else it goes on with the next stage."""
     original = EdgePreModel.validate
