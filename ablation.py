@@ -29,7 +29,6 @@ from tiles import HR, LR, SCALE, TEST
 GENERATORS = {  # what is compared: whose weights, and their shares
     "SRResNet": {"SRResNet": 1},
     "SRGAN, texture 0.5": {"SRResNet": 0.5, "SRGAN": 0.5},
-    "SRGAN, texture 0.75": {"SRResNet": 0.25, "SRGAN": 0.75},
     "SRGAN, texture 1": {"SRGAN": 1},
     "PreModel": {"PreModel": 1},
     "SRModel": {"SRModel": 1},

@@ -55,7 +55,7 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
 # Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
-TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 5, 0.5, 0.05
+TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 10, 0.5, 0.05
 SPECTRUM_WEIGHT, SUBPIXEL_WEIGHT = 80, 1000
 WINDOW = 32  # pixels a side, of which spectra and means are taken
 RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours

@@ -36,7 +36,6 @@ TRAINS = {  # stages of each command that trains
 }
 ONLY_IF_NAMED = {"EdgeModel", "SRGAN"}  # by --stage
 MODELS = {"srresnet": "SRResNet", "srgan": "SRGAN", "edge-srgan": "SRModel"}  # stages by model
-TEXTURE = 0.75  # 1 paints more, but stipples what is out of focus
 COMMANDS: dict[str, Callable[..., None]] = {}
 fraction = console.option(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
@@ -145,7 +144,7 @@ def chosen_generators(options: Namespace) -> dict[Path, float]:
         raise UserError("--texture: applies to the SRGAN only; add --model srgan")
     if options.generator:
         return {options.generator: 1.0}
-    texture = TEXTURE if options.texture is None else options.texture
+    texture = 1.0 if options.texture is None else options.texture
     mixture = {"SRResNet": 1 - texture, "SRGAN": texture}
     shares = mixture if options.model == "srgan" else {MODELS[options.model]: 1.0}
     return {files.weight_path(options.ckpts, name): part for name, part in shares.items() if part}
@@ -375,7 +374,7 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
-        add("--texture", type=fraction, shown=TEXTURE, help="srgan's: 0 smooth and exact, 1 rich")
+        add("--texture", type=fraction, shown=1, help="srgan's: 0 smooth and exact, 1 rich")
         add("--generator", type=file, help="weight file of another generator, instead of --model")
     if name == "test":
         add("--edges", type=folder, help="folder of HR edges, {id}.png, instead of predicted ones")
@@ -436,7 +435,9 @@ def run(argv: list[str]) -> None:
         COMMANDS[name](parser.parse_args(rest))
     else:
         hint = console.did_you_mean(name, list(COMMANDS))
-        hint = hint or f"; see --help, or give `upscale {name}` if that is an image"
+        if not hint:
+            or_image = "" if name.startswith("-") else f", or did you mean `upscale {name}`?"
+            hint = f"; see --help{or_image}"
         text = f"the first argument must be a command, not {name}{hint}"
         console.Parser(None, prog="main.py").error(text)
 
