@@ -20,7 +20,7 @@ REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), FORBIDDEN)
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary path to write to, which is renamed to `path` when all went well.
+    """Yields a temporary path to write to, which is renamed to `path` when all went well.
 
     Makes the folder if need be.
 

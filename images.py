@@ -152,7 +152,7 @@ def read_stamp(path: Path) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    """Gives the image in a file, not decoded yet."""
+    """Yields the image in a file, not decoded yet."""
     if path.suffix.lower() in FOREIGN:
         raise console.ImageError(f"{path}: {path.suffix} cannot be read here; convert it to PNG")
     with path.open("rb") as file:  # Pillow would map some TIFF files by name, and turn them wrongly
