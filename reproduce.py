@@ -2,9 +2,9 @@
 
     python reproduce.py --minutes 90 --root DATA [--init DIR] [--stages SRResNet,SRGAN] [--resume]
 
-A stage gets its share of the time. Two short trials tell how long it takes to start and how long
-a step takes; from then on its number of steps is fixed, so that its schedule, and the command that
-is printed, are the same on every machine. Time that a stage leaves goes to the next ones. Ends with
+A stage gets its share of the time. A short trial tells how long it takes to start and how long a
+step takes; from then on its number of steps is fixed, so that its schedule, and the command that is
+printed, are the same on every machine. Time that a stage leaves goes to the next ones. Ends with
 the table of `ablation.py` if DATA/TestSet/2400px holds images.
 """
 
@@ -34,7 +34,7 @@ SHARES = {  # of the time
     "SRModel": 0.09,
 }
 CUDA_BATCHES = {"SRResNet": 64}  # crops at a time that keep a GPU busy; others: 32
-TRIALS = 5, 25  # steps
+TRIAL = 2 * training.LOG_EVERY  # steps; the first half is slower, on a GPU above all
 DONE = "done"
 
 
@@ -96,19 +96,17 @@ def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namesp
 
 
 def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> int:
-    """Returns how many steps of a stage fit into a time, by two short trials."""
-    times = [time.monotonic()]
+    """Returns how many steps of a stage fit into a time, by a short trial."""
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         ckpts = Path(folder) / "ckpts"
         given.ckpts.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(given.ckpts, ckpts)  # trials publish nothing
-        for steps in TRIALS:
-            trial = vars(given) | {"steps": steps, "ckpts": ckpts, "runs": Path(folder) / "runs"}
-            training.fit(stages.STAGES[name], Namespace(**trial), device)
-            times.append(time.monotonic())
-    first, second = times[1] - times[0], times[2] - times[1]
-    pace = max(second - first, 1e-3) / (TRIALS[1] - TRIALS[0])
-    return max(1, round((seconds - 2 * first - second) / pace) + TRIALS[0])
+        shutil.copytree(given.ckpts, ckpts)  # a trial publishes nothing
+        trial = vars(given) | {"steps": TRIAL, "ckpts": ckpts, "runs": Path(folder) / "runs"}
+        pace = training.fit(stages.STAGES[name], Namespace(**trial), device)
+    taken = time.monotonic() - start
+    starting = taken - TRIAL * pace  # which the training itself needs once more
+    return max(1, round((seconds - taken - starting) / pace))
 
 
 def save_plan(path: Path, plan: dict[str, int | str]) -> None:

@@ -46,12 +46,15 @@ NAMED = 5  # of the images that are left out
 STOPPING = b"\nStopping after this step or validation; once more to stop at once\n"
 
 
-def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
+def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
     """Trains a stage to its recipe's last step, or until interrupted; publishes the best weights.
 
     Writes to a folder of its own, `{options.runs}/{name}/{number}`: `state.pth`, to resume from,
     the averaged weights as they are, `latest.pth`, and as they validated best, `best.pth`, and
     curves. See `publish` for what becomes of `{options.ckpts}/{name}_gen.pth`.
+
+    Returns:
+        The seconds that a step took in the end.
 
     Raises:
         UserError: something is missing or damaged, the loss is not finite, or what is resumed
@@ -190,6 +193,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> None:
         device.from_first(checkpoints.publish, stage, folder, options, done, there, reference)
         if device.any_process(bool(interrupted)):
             raise KeyboardInterrupt
+    return crops_per_step / log.speed
 
 
 # Settings -------------------------------------------------------------------------------------
@@ -334,6 +338,7 @@ class Log(contextlib.AbstractContextManager):
     def __init__(self, stage: Stage, folder: Path, settings: dict, done: Progress) -> None:
         self.done, self.device = done, stage.device
         self.crops_per_batch = stage.recipe.batch_size * stage.device.world
+        self.speed = math.nan  # crops per second
         self.writers: list[SummaryWriter] = []
         self.bar = console.progress(
             desc=stage.name, total=settings["steps"], initial=done.step, unit="step"
@@ -386,8 +391,8 @@ class Log(contextlib.AbstractContextManager):
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         if self.device.any_process(not all(map(math.isfinite, sums.values()))):
             raise NotFiniteError("a loss is not finite")
-        speed = len(self.batches) * self.crops_per_batch / (time.monotonic() - self.since)
-        self.scalars("", means | {"speed/crops per second": speed, "learning rate": rate})
+        self.speed = len(self.batches) * self.crops_per_batch / (time.monotonic() - self.since)
+        self.scalars("", means | {"speed/crops per second": self.speed, "learning rate": rate})
         self.bar.set_postfix(sums, refresh=False)  # else every time a line in a log file
 
     def scalars(self, title: str, *values: Metrics) -> None:

@@ -1,12 +1,14 @@
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 from conftest import command
 
 import console
 import reproduce
+import training
 
 
 @pytest.fixture
@@ -44,6 +46,19 @@ def test_what_is_done_is_not_done_again(reproduced, tmp_path):
     reproduced("--stages", "SRResNet")
     printed = reproduced("--stages", "SRResNet,SRGAN", "--resume")
     assert "--stage SRGAN" in printed and "--stage SRResNet" not in printed
+
+
+def test_what_a_gpu_needs_to_wake_up_is_no_part_of_the_pace(tmp_path, monkeypatch):
+    clock, wake_up = [0.0], [60, 0]
+
+    def fit(stage, options, device):
+        clock[0] += wake_up.pop(0) + 5 + options.steps * 0.1
+        return 0.1
+
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "fit", fit)
+    steps = reproduce.count_steps("SRResNet", Namespace(ckpts=tmp_path), None, 300)
+    assert steps == pytest.approx((300 - clock[0] - 65) / 0.1, abs=1)
 
 
 def test_unknown_stages_are_refused(reproduced):
