@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     quality = console.option(int, "a quality from 1 to 100", lambda n: 1 <= n <= 100)
     add("--root", type=console.existing_folder, default=root, help="folder of TestSet/")
     add("--ckpts", type=console.existing_folder, default=root / "ckpts", help="folder of weights")
-    add("--jpeg", type=quality, help="quality of the JPEG to save LR as first")
+    add("--jpeg", type=quality, help="JPEG quality at which to compress the LR images first")
     add("--output", type=console.path, shown="ROOT/ablation", help="folder of tables and images")
     options = parser.parse_args(argv)
     output = options.output or options.root / "ablation"

@@ -1,11 +1,11 @@
-"""Measures how fast testing and training are, beside the plain way of doing it.
+"""Measures the speed of testing and training, compared with plain PyTorch code.
 
     python bench.py [--repeats 3] [--device auto] [--precision auto]
 
-For Linux. Takes some minutes; let nothing else run. The plain way is the original's: float32,
-PyTorch's default memory layout and layers, batch and spectral norm computed anew, one tile of
-68 x 68 pixels for every 60 x 60 at a time. Every measurement is a process of its own, plain and
-ours by turns; medians are printed.
+For Linux. Takes some minutes; run nothing else meanwhile. The plain way is the original's: float32,
+PyTorch's default memory layout and layers, batch and spectral norm not folded, one tile of
+68 x 68 pixels for every 60 x 60 at a time. Every measurement runs in its own process, plain and
+ours alternating; medians are printed.
 """
 
 import resource
@@ -42,7 +42,7 @@ def main() -> None:
     add = parser.add_argument
     add("--repeats", type=console.count, default=3, help="runs of each measurement")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of our way")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of our code")
     options = parser.parse_args()
     line = "{:16} {:>10} {:>10} {:>8} {:>11}".format
     console.info(line("", "plain", "ours", "ratio", "memory"))

@@ -50,13 +50,13 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict,
         path = runs / str(last) / "state.pth"
         state = weights.load_file(path)
         if not all(isinstance(state.get(key), dict) for key in ("settings", "progress", "parts")):
-            raise UserError(f"{path}: not the state of a run; leave --resume out")
+            raise UserError(f"{path}: not the state of a run; omit --resume")
         before, now = state["settings"].get(START, ""), settings[START]
         if options.accept_changes or before == now or not (before and now):
             settings[START] = now if options.accept_changes else before
             check(path, state, settings, options.accept_changes)
             return path.parent, state, settings
-        console.info(f"{path}: {start} is new since; {stage.name} starts from scratch")
+        console.info(f"{path}: {start} has changed since; {stage.name} starts from scratch")
     elif options.resume:
         console.info(f"{runs}: no run to continue; {stage.name} starts from scratch")
     for number in itertools.count(max(numbers, default=0) + 1):
@@ -80,11 +80,11 @@ def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None
             changes[key] = change if len(change) < 120 else f"other {key}"
     step, steps = state["progress"]["step"], settings["steps"]
     if step > steps:
-        raise UserError(f"{path}: is at step {step} already; give --steps above that")
+        raise UserError(f"{path}: already at step {step}; use a larger --steps")
     more = f" with {changes.pop('steps')}" if "steps" in changes else ""
     if changes and not accept_changes:
         raise UserError(
-            f"{path}: was trained with different settings: {'; '.join(changes.values())}; give the"
+            f"{path}: was trained with different settings: {'; '.join(changes.values())}; use the"
             " same ones, or --accept-changes to continue anyway"
         )
     if changes:
@@ -141,18 +141,18 @@ def publish(
         better, reason = stage.better(done.best, old), f"{source} is not better"
     else:
         better = complete and (done.step >= steps or not target.exists())
-        reason = f"{source} has had {done.step} of the {steps} steps of {stage.name}'s recipe"
+        reason = f"{source} has only {done.step} of the {steps} steps in {stage.name}'s recipe"
     if target.exists() and source.exists() and files.digest(source) == files.digest(target):
-        console.info(f"{target}: is {source} already, of step {step}")
+        console.info(f"{target}: already is {source} (step {step})")
     elif not (better or (options.publish and complete)):
-        console.info(f"{target}: unchanged, for {reason}; copy that file, or give --publish")
+        console.info(f"{target}: unchanged, as {reason}; copy that file, or use --publish")
     else:
         if target.exists():
             kept = folder / f"replaced-{files.digest(target)}.pth"
             copy(target, kept)
-            console.info(f"{kept}: what {target} was before")
+            console.info(f"{kept}: backup of {target}")
         copy(source, target)
-        console.info(f"{target}: now {source}, of step {step}")
+        console.info(f"{target}: now {source} (step {step})")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -175,4 +175,4 @@ def restore(parts: dict, state: dict, path: Path) -> None:
                 group |= {"factor": given["factor"], "betas": given["betas"]}
     except (KeyError, RuntimeError, ValueError) as error:
         reason = console.one_line(error)[:200]
-        raise UserError(f"{path}: does not fit this run ({reason}); leave --resume out") from error
+        raise UserError(f"{path}: does not fit this run ({reason}); omit --resume") from error

@@ -40,7 +40,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) and not error.args:
-        return "not enough memory; end other programs that use it"
+        return "not enough memory; close other programs"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -55,7 +55,7 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
         whole = name in lr_tiles and lr_tiles[name].keys() == hr_tiles.get(name, {}).keys()
         if not (whole and name in lr and name in hr):
             path = lr.get(name) or hr[name]
-            raise ImageError(f"{path}: not sliced, or without a partner; {tiles.SLICE_AGAIN}")
+            raise ImageError(f"{path}: not sliced, or has no partner; {tiles.SLICE_AGAIN}")
     pairs = {name: (lr[name], hr[name]) for name in sorted(lr)}
     jobs = [
         (min(found[name].items())[1], paths[name], tiles.SLICE_AGAIN)
@@ -154,10 +154,10 @@ class PairedTiles(Dataset):
         self.small = [name for name, shape in shapes.items() if min(shape) < largest]
         if not self.names:
             side = max(map(min, shapes.values()))
-            or_crop = f", or give --crop {side}" if side >= 8 else ""
+            or_crop = f", or use --crop {side}" if side >= 8 else ""
             raise UserError(
-                f"{root / TRAINING / LR / TILES}: all tiles are smaller than the crops of {largest}"
-                f" pixels a side; slice with --tiles 1 --pad 0{or_crop}"
+                f"{root / TRAINING / LR / TILES}: all tiles are smaller than the crops of"
+                f" {largest}x{largest}; slice with --tiles 1 --pad 0{or_crop}"
             )
         places = [(name, at) for name in self.names for at in sorted(lr[name])]
         self.pairs = [(lr[name][at], hr[name][at]) for name, at in places]
@@ -217,7 +217,7 @@ def load_pair(lr_path: Path, hr_path: Path, with_edges: bool = False) -> list[np
     """
     lr, hr = images.read_image(lr_path), images.read_image(hr_path)
     if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
-        raise ImageError(f"{hr_path}: not {SCALE} times its LR tile's size; {tiles.SLICE_AGAIN}")
+        raise ImageError(f"{hr_path}: not {SCALE}x the size of its LR tile; {tiles.SLICE_AGAIN}")
     return [lr, hr, images.canny(hr)] if with_edges else [lr, hr]
 
 

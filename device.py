@@ -164,9 +164,9 @@ def choose_kind(name: str) -> str:
     if not obstacle:
         return "cuda"
     if name == "cuda":
-        raise UserError(f"--device cuda: {obstacle}; leave the option out to use the CPU")
+        raise UserError(f"--device cuda: {obstacle}; omit the option to use the CPU")
     if name == "mps" and not mps:
-        raise UserError("--device mps: PyTorch finds no Apple GPU; leave the option out")
+        raise UserError("--device mps: PyTorch finds no Apple GPU; omit the option")
     if name == "auto" and torch.cuda.is_available():
         warn_once(f"{obstacle}; using the CPU")
     return "mps" if mps else "cpu"
@@ -258,9 +258,7 @@ def to_image(tensor: Tensor) -> np.ndarray:
         NotFiniteError: a value is not a number.
     """
     if tensor.isnan().any():
-        raise NotFiniteError(
-            "The network's output is not a number; give --precision fp32 or other weights"
-        )
+        raise NotFiniteError("The network's output is NaN; use --precision fp32 or other weights")
     return (tensor[0].permute(1, 2, 0).float() * 255).round().byte().cpu().numpy()
 
 

@@ -100,7 +100,7 @@ def read_photo(path: Path) -> Photo:
     notes = []
     with _open(path) as file:
         if file.format != "MPO" and getattr(file, "is_animated", False):
-            notes.append("only its first frame is used")
+            notes.append("only the first frame is used")
         orientation, packing = _orientation(path, file), file.tile[0][3] if file.tile else ""
         with _pillow(path):
             image = _load(path, file, notes)
@@ -127,7 +127,7 @@ def read_photo(path: Path) -> Photo:
             with _pillow(path):
                 photo.exif = metadata.kept_exif(image)
         except console.ImageError:
-            notes.append("its EXIF data are damaged and left out")
+            notes.append("its EXIF data are damaged and are left out")
         return photo
 
 
@@ -154,7 +154,7 @@ def read_stamp(path: Path) -> str:
 def _open(path: Path) -> Iterator[Image.Image]:
     """Yields the image in a file, not decoded yet."""
     if path.suffix.lower() in FOREIGN:
-        raise console.ImageError(f"{path}: {path.suffix} cannot be read here; convert it to PNG")
+        raise console.ImageError(f"{path}: {path.suffix} is not supported; convert it to PNG")
     with path.open("rb") as file:  # Pillow would map some TIFF files by name, and turn them wrongly
         with _pillow(path):
             image = Image.open(file, formats=FORMATS)
@@ -179,7 +179,7 @@ def _pillow(path: Path) -> Iterator[None]:
             raise MemoryError from error
         what = f"damaged ({console.one_line(error)}); replace or remove it"
         if isinstance(error, Image.UnidentifiedImageError):
-            what = "not an image, damaged, or not readable here; replace it or convert it to PNG"
+            what = "not an image, damaged, or unsupported; replace it or convert it to PNG"
         raise console.ImageError(f"{path}: {what}") from error
 
 
@@ -312,7 +312,7 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
     file_format, options = RESULTS[path.suffix.lower()]
     size, notes = sr.shape[1::-1], []
     if max(size) > LONGEST.get(file_format, math.inf):
-        raise console.ImageError(f"{path}: {size[0]}x{size[1]} pixels are too many; take .png")
+        raise console.ImageError(f"{path}: {size[0]}x{size[1]} is too large; use .png")
     if photo.gray and (photo.icc or b"")[16:20] != b"RGB ":
         sr = np.ascontiguousarray(sr[..., 0])
     only_pillow = photo.alpha is not None or photo.xmp or photo.text or photo.dpi
@@ -326,7 +326,7 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         alpha = Image.fromarray(photo.alpha).resize(size, Image.Resampling.BICUBIC)
         if file_format == "JPEG":
             image = Image.composite(image, Image.new(image.mode, size, "white"), alpha)
-            notes.append("JPEG has no transparency; it is white instead")
+            notes.append("JPEG has no transparency; transparent areas become white")
         else:
             image.putalpha(alpha)
 
@@ -340,11 +340,11 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         for key, value in photo.text.items():
             chunks.add_text(key, value)
     elif photo.text:
-        notes.append(f"only .png keeps its texts: {', '.join(photo.text)}")
+        notes.append(f"only .png can keep its text chunks: {', '.join(photo.text)}")
     if file_format == "TIFF" and photo.xmp:
         exif[Tag.XMLPacket] = photo.xmp
     if file_format == "JPEG" and max(len(exif.tobytes()), len(photo.xmp or b"")) > JPEG_SEGMENT:
-        notes.append("its EXIF data or XMP are too long for JPEG; both are left out")
+        notes.append("its EXIF or XMP data are too long for JPEG; both are left out")
         carried |= {"exif": metadata.result_exif(None, size, stamp), "xmp": None}
     carried = {key: value for key, value in carried.items() if value}
     with files.replacing(path) as temporary:

@@ -61,8 +61,8 @@ class Windows:
         """
         if self.render <= SMALLEST_WINDOW:
             raise MemoryError(
-                "Memory is too small even for the smallest windows; end other programs that use"
-                " it or, on a GPU, give --device cpu"
+                "Not enough memory even for the smallest windows; close other programs or,"
+                " on a GPU, use --device cpu"
             )
         return Windows(self.edges // 2, self.trunk // 2, self.render // 2)
 

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--root", type=console.existing_folder, default=console.ROOT, help="folder of TestSet/")
     threads = console.processor_share()
-    add("--threads", type=console.count, default=threads, help="images at the same time")
+    add("--threads", type=console.count, default=threads, help="images processed at a time")
     options = parser.parse_args(argv)
 
     with console.plain_errors():
@@ -56,14 +56,14 @@ def join_image(job: Job, joined: Path, unjoined: dict[tiles.Position, Path]) -> 
     stamps = {Stamp.read(path) for path in found.values()}
     known = stamps - {Stamp()}
     if len(known) > 1 or any(stamp.source != files.digest(lr) for stamp in known):
-        raise ImageError(f"{lr}: tiles of several runs, or of an older {lr.name}; {TEST_AGAIN}")
+        raise ImageError(f"{lr}: tiles are of several runs, or an older {lr.name}; {TEST_AGAIN}")
     sr = tiles.join({at: images.read_image(path) for at, path in found.items()}, grid, tiles.SCALE)
     stamp = str(known.pop()) if known == stamps else ""
     notes = images.write_image(job.target, sr, images.read_photo(lr), stamp)
     joined.mkdir(exist_ok=True)
     for path in unjoined.values():
         path.replace(joined / path.name)
-    return notes + ["has tiles of another program, joined as they are"] * (Stamp() in stamps)
+    return notes + ["has tiles from another program, joined as is"] * (Stamp() in stamps)
 
 
 if __name__ == "__main__":

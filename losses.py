@@ -209,13 +209,13 @@ def vgg_state(path: Path | None) -> dict[str, Tensor]:
             folder = Path(torch.hub.get_dir()) / "checkpoints"
             raise UserError(
                 f"{published.url}: cannot be downloaded ({one_line(error)}); download it"
-                f" elsewhere, then give the file with --vgg or put it in {folder}"
+                f" elsewhere, then pass the file as --vgg or put it in {folder}"
             ) from error
     else:
-        state = weights.load_file(path, "give torchvision's vgg19 file, or leave --vgg out")
+        state = weights.load_file(path, "use torchvision's vgg19 file, or omit --vgg")
     wanted = vgg_features().state_dict()
     found = {key: state.get(f"features.{key}") for key in wanted}
     for key, value in found.items():
         if not (isinstance(value, Tensor) and value.shape == wanted[key].shape):
-            raise UserError(f"--vgg {path}: lacks features.{key}; give torchvision's vgg19 file")
+            raise UserError(f"--vgg {path}: lacks features.{key}; use torchvision's vgg19 file")
     return found

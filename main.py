@@ -66,19 +66,19 @@ def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
 
 @command
 def train_edges(options: Namespace) -> None:
-    """Trains the edge generator on pixels; with --stage EdgeModel against its discriminator."""
+    """Trains the edge generator on cross-entropy; with --stage EdgeModel, adversarially."""
     train_stages(options, TRAINS["train_edges"])
 
 
 @command
 def pretrain(options: Namespace) -> None:
-    """Trains the HR generator on squared error: without edges, the edge stage alone, the whole."""
+    """Trains the HR generator on squared error: without edges, its edge stage alone, all of it."""
     train_stages(options, TRAINS["pretrain"])
 
 
 @command
 def train(options: Namespace) -> None:
-    """Trains the HR generator with all of its losses; with --stage SRGAN the SRResNet to paint."""
+    """Trains the HR generator with all losses; with --stage SRGAN, the SRResNet for texture."""
     train_stages(options, TRAINS["train"])
 
 
@@ -133,7 +133,7 @@ def run_networks(
     edge_generator = files.weight_path(options.ckpts, "EdgeModel")
     enlarger = Enlarger.load(shares, edge_generator, device)
     if getattr(options, "edges", None) and not enlarger.needs_edges:
-        raise UserError("--edges: this generator uses none; give --model edge-srgan")
+        raise UserError("--edges: this generator uses no edges; use --model edge-srgan")
     work = partial(work, enlarger)
     pipeline.for_each(jobs, work, done, where, problems=problems, device=device)
 
@@ -203,7 +203,7 @@ def test_image(
 def edges(options: Namespace) -> None:
     """Writes the predicted HR edges of the test images to TestSet/600px/output/edges/{id}.png.
 
-    Edit them, or draw others, grey, white on black, and give their folder to `test --edges`.
+    Edit them, or draw your own (grey, white on black), and pass their folder to `test --edges`.
     Existing ones are kept.
     """
     found = pipeline.test_jobs(options.root, "edges/{}.png")
@@ -243,7 +243,7 @@ def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
     """
     edges, wanted = images.read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
     if edges.shape != wanted:
-        raise ImageError(f"{path}: (height, width) is {edges.shape} instead of {wanted}")
+        raise ImageError(f"{path}: (height, width) is {edges.shape}, but must be {wanted}")
     return edges
 
 
@@ -252,7 +252,7 @@ def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
 
 @command
 def upscale(options: Namespace) -> None:
-    """Upscales images, or all images of folders, where they lie: NAME_x4.png beside each."""
+    """Upscales images, or all images in folders, and writes NAME_x4.png beside each."""
     if not options.images:
         raise UserError("upscale: which images? `python main.py upscale IMAGE_OR_FOLDER ...`")
     texture = "" if options.texture is None else f"_{options.texture:g}"
@@ -274,9 +274,9 @@ def upscale_image(
     existing = [target for target in targets if target.exists()]
     for target in existing:
         if target.samefile(job.source):
-            raise ImageError(f"{target}: is the image itself; give another --output")
+            raise ImageError(f"{target}: is the source image itself; choose another --output")
         if not options.overwrite and Stamp.read(target) != stamp:
-            raise ImageError(f"{target}: exists with other settings; --overwrite replaces it")
+            raise ImageError(f"{target}: exists, from other input or settings; use --overwrite")
     if existing == targets and not options.overwrite:
         return None
     photo = images.read_photo(job.source)
@@ -330,7 +330,7 @@ def evaluate_image(
 
     unjoined = job.target.parent.parent / tiles.tile_name(job.name, 1, 1)
     if not job.target.exists() or unjoined.exists():
-        raise ImageError(f"{job.source}: not joined; run `python join_slice_images.py`")
+        raise ImageError(f"{job.source}: not joined yet; run `python join_slice_images.py`")
     paths = job.source, hr[job.name], job.target
     pipeline.check_hr_unchanged(*paths[:2])
     pipeline.check_source(job.target, job.source, "slice, test and join again")
@@ -374,14 +374,14 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
         add("--model", choices=MODELS, default="edge-srgan", help="which generator to use")
         fast = {"action": "store_const", "const": "srresnet", "dest": "model"}
         add("--fast", **fast, help="short for --model srresnet")
-        add("--texture", type=fraction, shown=1, help="srgan's: 0 smooth and exact, 1 rich")
+        add("--texture", type=fraction, shown=1, help="for srgan: 0 is smooth and exact, 1 rich")
         add("--generator", type=file, help="weight file of another generator, instead of --model")
     if name == "test":
         add("--edges", type=folder, help="folder of HR edges, {id}.png, instead of predicted ones")
     if name == "upscale":
         add("--edges", type=file, help="file of HR edges, instead of predicted ones")
         add("images", nargs="*", type=console.path, help="images and folders")
-        add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="of the results")
+        add("--format", choices=["png", "jpg", "webp", "tif"], default="png", help="output format")
         add("--output", type=console.path, help="file or folder of the results")
         add("--recursive", action="store_true", help="include sub-folders")
         add("--overwrite", action="store_true", help="replace existing results")
@@ -399,16 +399,16 @@ def add_training_options(add: Callable[..., object], names: list[str], is_help: 
     add("--resume", action="store_true", help="continue the last run")
     add("--accept-changes", action="store_true", help="with --resume: continue with other settings")
     add("--init", type=console.existing_file, help="weight file to start from")
-    add("--publish", action="store_true", help="put the weights into --ckpts, better or not")
-    add("--steps", type=console.count, shown=own("steps"), help="updates of the weights")
+    add("--publish", action="store_true", help="put the weights into --ckpts even if no better")
+    add("--steps", type=console.count, shown=own("steps"), help="optimiser steps")
     add("--epochs", type=console.positive, help="passes over the tiles, instead of --steps")
     add("--batch-size", type=console.count, shown=own("batch_size"), help="crops per process")
     add("--learning-rate", type=console.positive, shown=own("learning_rate"), help="peak rate")
-    add("--crop", type=crop, shown=own("crops"), help="LR pixels a side of the crops")
-    add("--jpeg", type=fraction, shown=own("jpeg"), help="fraction of LR crops to save as JPEG")
-    add("--held-out", type=console.count_or_none, default=4, help="images kept for validation")
+    add("--crop", type=crop, shown=own("crops"), help="side of the crops in LR pixels")
+    add("--jpeg", type=fraction, shown=own("jpeg"), help="fraction of LR crops to compress as JPEG")
+    add("--held-out", type=console.count_or_none, default=4, help="images held out for validation")
     add("--checkpoint-every", type=console.count, default=500, help="batches between validations")
-    add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
+    add("--vgg", type=console.existing_file, shown="download", help="weight file of VGG19")
     add("--runs", type=console.path, default=console.ROOT / "runs", help="folder of the runs")
     workers = min(8, console.processor_share())
     add("--workers", type=console.count_or_none, default=workers, help="data-loading processes")

@@ -94,7 +94,7 @@ def left_out(image: Image.Image) -> list[str]:
     colours = info.get("gamma", SRGB[0]), *info.get("chromaticity", SRGB[1:])
     differ = any(abs(one - other) > 2e-3 for one, other in zip(colours, SRGB, strict=False))
     if differ and not {"srgb", "icc_profile"} & info.keys():
-        notes.append("its gamma or primaries are left out: its colours will look different")
+        notes.append("its gamma or primaries are left out; its colours will look different")
     return notes
 
 

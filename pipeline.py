@@ -163,7 +163,7 @@ def check_size(hr: Path, lr: Path) -> None:
     """Raises ImageError unless an image has `SCALE` times the size of LR, or little more."""
     hr_size, lr_size = images.image_size(hr), images.image_size(lr)
     if tuple(side // tiles.SCALE for side in hr_size) != lr_size:
-        raise ImageError(f"{hr}: is not {tiles.SCALE} times the size of {lr}; replace one of them")
+        raise ImageError(f"{hr}: not {tiles.SCALE} times the size of {lr}; replace one of them")
 
 
 # What to work on ------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_jobs(root: Path, target: str = "") -> tuple[list[Job], list[str]]:
     if not found and not problems:
         raise UserError(
             f"{folder}: no images; put some there and run `python slice_images_w_overlapping.py`,"
-            " or upscale one where it lies with `python main.py upscale IMAGE`"
+            " or upscale a single image with `python main.py upscale IMAGE`"
         )
     output = folder / tiles.OUTPUT
     return [Job(name, p, output / target.format(name)) for name, p in found.items()], problems
@@ -215,12 +215,12 @@ def upscale_jobs(
         problems += foreign
     if not sources and not problems:
         where = ", ".join(map(str, given))
-        raise UserError(f"{where}: no images but earlier results; give --recursive for sub-folders")
+        raise UserError(f"{where}: no images but earlier results; use --recursive for sub-folders")
     is_file = output and output.suffix and not output.is_dir()
     if is_file and (len(sources) > 1 or output.suffix.lower() not in images.RESULTS):
         raise UserError(
-            f"--output {output}: looks like a file, which takes one image and one of"
-            f" {', '.join(images.RESULTS)}; if it is a folder, create it first"
+            f"--output {output}: looks like a file; that takes a single image and one of the"
+            f" suffixes {', '.join(images.RESULTS)}; if it is a folder, create it first"
         )
     jobs: dict[Path, Job] = {}  # by target
     for path, base in sources:

@@ -1,10 +1,10 @@
-"""Trains all stages in order within a given time, and prints the commands that repeat each of them.
+"""Trains all stages in order within a given time, and prints the command to repeat each of them.
 
     python reproduce.py --minutes 90 --root DATA [--init DIR] [--stages SRResNet,SRGAN] [--resume]
 
-A stage gets its share of the time. A short trial tells how long it takes to start and how long a
-step takes; from then on its number of steps is fixed, so that its schedule, and the command that is
-printed, are the same on every machine. Time that a stage leaves goes to the next ones. Ends with
+Each stage gets its share of the time. A short trial measures how long it takes to start and how long
+a step takes; then its number of steps is fixed, so that its schedule, and the command that is
+printed, do not depend on the machine. Time left over by a stage goes to the next ones. Ends with
 the table of `ablation.py` if DATA/TestSet/2400px holds images.
 """
 
@@ -51,9 +51,9 @@ def run() -> None:
     add("--resume", action="store_true", help="continue the last run")
     add("--ckpts", type=console.path, default=root / "ckpts", help="folder of the weights")
     add("--runs", type=console.path, default=root / "runs", help="folder of the runs")
-    add("--vgg", type=console.existing_file, shown="download", help="file of VGG19's weights")
-    add("--held-out", type=console.count, default=8, help="images kept for validation")
-    add("--crop", type=console.count, default=48, help="LR pixels a side of the crops")
+    add("--vgg", type=console.existing_file, shown="download", help="weight file of VGG19")
+    add("--held-out", type=console.count, default=8, help="images held out for validation")
+    add("--crop", type=console.count, default=48, help="side of the crops in LR pixels")
     options = parser.parse_args()
     end, plan_path = time.monotonic() + 60 * options.minutes, options.runs / "reproduce.json"
     plan = json.loads(plan_path.read_text()) if options.resume and plan_path.exists() else {}

@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     add, folder = parser.add_argument, console.existing_folder
     add("--root", type=folder, default=console.ROOT, help="folder of TrainingSet/ and TestSet/")
     add("--tiles", type=console.count, default=6, help="tiles per row and per column")
-    add("--pad", type=even, default=8, help="LR pixels shared by neighbours")
+    add("--pad", type=even, default=8, help="overlap of neighbouring tiles in LR pixels")
     threads = console.processor_share()
-    add("--threads", type=console.count, default=threads, help="images at the same time")
+    add("--threads", type=console.count, default=threads, help="images processed at a time")
     options = parser.parse_args(argv)
 
     with console.plain_errors():
@@ -77,7 +77,7 @@ def find_pairs(folder: Path) -> tuple[list[Pair], list[str]]:
         paths = [path for found in old for path in found.get(name, {}).values()]
         pairs.append(Pair(name, path, folder / LR / TILES, hr.get(name), paths))
     if made := len(hr.keys() - lr.keys()):
-        console.info(f"{folder}: making {made} LR images from HR by bicubic, a quarter of the size")
+        console.info(f"{folder}: making {made} LR images by bicubic downscaling of HR to a quarter")
     return pairs, problems
 
 

@@ -240,7 +240,7 @@ def select_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
         if suffix in images.SUFFIXES:
             found.append(path)
         elif suffix in images.FOREIGN:
-            problems.append(f"{path}: {suffix} cannot be read here; convert it to PNG")
+            problems.append(f"{path}: {suffix} is not supported; convert it to PNG")
     return found, problems
 
 

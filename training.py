@@ -43,7 +43,7 @@ LOG_EVERY = 20  # steps
 CHECKPOINT_SECONDS = 600  # at the latest, where steps take long
 SAMPLE_SIDE, SAMPLES = 48, 4  # LR pixels of the held-out crops to watch, and how many
 NAMED = 5  # of the images that are left out
-STOPPING = b"\nStopping after this step or validation; once more to stop at once\n"
+STOPPING = b"\nStopping after this step or validation; interrupt again to stop at once\n"
 
 
 def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
@@ -103,7 +103,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
     )
     if dataset.small:
         some = ", ".join(dataset.small[:NAMED]) + ", ..." * (len(dataset.small) > NAMED)
-        device.info(f"Left out {len(dataset.small)} images smaller than the crops: {some}")
+        device.info(f"Ignoring {len(dataset.small)} images smaller than the crops: {some}")
     dataset.keep_in_memory()
     batches = load_batches(dataset, recipe, options, device, done.step * recipe.accumulate)
     there = validate_published(stage, options, held_out)
@@ -179,14 +179,14 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
                     saved = time.monotonic()
         except NotFiniteError as error:  # the state of before is the one to keep
             raise UserError(
-                f"{stage.name}: not finite at step {done.step} or the {LOG_EVERY} before; {folder}"
-                " keeps what was saved until then; start again with a lower --learning-rate"
+                f"{stage.name}: not finite at step {done.step} or in the {LOG_EVERY} before;"
+                f" {folder} has the last good state; start again with a lower --learning-rate"
             ) from error
         except (Exception, KeyboardInterrupt) as error:
             if device.rank == 0 and done.step and consistent:
                 checkpoints.save_anyway(save, folder, done)
             if is_out_of_memory(error):
-                raise MemoryError("Memory is full; give a smaller --batch-size") from error
+                raise MemoryError("Out of memory; use a smaller --batch-size") from error
             raise
 
         # Publish
@@ -242,7 +242,7 @@ def load_batches(
         if not options.workers:
             raise
         reason = str(error).strip().splitlines()[-1].partition(". ")[0]
-        yield UserError(f"The data-loading processes failed ({reason}); give --workers 0")
+        yield UserError(f"The data-loading processes failed ({reason}); use --workers 0")
 
 
 def collate(items: list[dict | Exception]) -> Batch | Exception:

@@ -15,7 +15,7 @@ WRAPPERS = ("generator", "params_ema", "ema", "params", "state_dict", "model_sta
 WRAPPERS += ("model", "net", "parts")
 PREFIXES = r"^((module|_orig_mod|model|generator|net_g)\.)+"  # DataParallel, torch.compile, ...
 NUMBERED = r"^residual_block(_edges)?(\d+)\."  # as Edge.SRGAN does, from 1
-ANOTHER = "give another file"
+ANOTHER = "use another file"
 
 
 def save_network(network: nn.Module, path: Path) -> None:
@@ -55,7 +55,7 @@ def interpolate(shares: dict[Path, float]) -> SRResNet:
     shapes = {path: {k: v.shape for k, v in state.items()} for path, state in states.items()}
     for path in shares:
         if shapes[path] != shapes[first]:
-            raise UserError(f"{path}: not of the architecture of {first}; {ANOTHER}")
+            raise UserError(f"{path}: not the same architecture as {first}; {ANOTHER}")
     mixed = {
         key: sum(share * states[path][key].float() for path, share in shares.items())
         for key in states[first]
@@ -120,12 +120,12 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
     except OSError as error:
         raise UserError(f"{one_line(error)}; make it readable, or {ANOTHER}") from error
     except Exception as error:  # torch.load raises whatever a damaged file leads it into
-        reason = "damaged, or not a file that torch.save wrote of tensors alone"
+        reason = "damaged, or not a tensors-only file written by torch.save"
         raise UserError(f"{path}: {reason}; {ANOTHER}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no state dict; {ANOTHER}")
     if not is_finite(content):
-        raise UserError(f"{path}: holds numbers that are not finite; {ANOTHER}")
+        raise UserError(f"{path}: holds values that are not finite; {ANOTHER}")
     return content
 
 

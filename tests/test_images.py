@@ -718,7 +718,7 @@ def test_images_too_large_for_a_format_are_named_with_another(tmp_path, suffix):
     write_image(path, sr, Photo(sr[:, ::4]))
     assert images.image_size(path) == (1, longest)
     sr = np.zeros((1, longest + 1, 3), np.uint8)
-    with pytest.raises(console.ImageError, match=rf"a\{suffix}: .* take \.png$"):
+    with pytest.raises(console.ImageError, match=rf"a\{suffix}: .* use \.png$"):
         write_image(path, sr, Photo(sr[:, ::4]))
 
 

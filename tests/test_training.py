@@ -605,7 +605,7 @@ def test_interrupted_training_saves_and_says_how_to_go_on(folder, given, monkeyp
         fit(SRResNetModel, given(SRResNetModel, steps=100))
     if before is not None:
         signal.signal(number, before)
-    assert ended.value.code == 130 and "once more to stop at once" in seen[0]
+    assert ended.value.code == 130 and "interrupt again to stop at once" in seen[0]
     printed = capfd.readouterr().err
     assert "saved at step 8" in printed and "--resume" in printed and "Traceback" not in printed
     assert step(folder, SRResNetModel) == 8
@@ -783,7 +783,7 @@ def test_a_later_stage_is_not_continued_from_weights_that_are_new(folder, given,
         fit(kind, given(kind, steps=2))
     fit(SRResNetModel, given(SRResNetModel, steps=40, checkpoint_every=20, resume=True))
     fit(SRGANModel, given(SRGANModel, steps=3, resume=True))
-    assert "SRResNet_gen.pth is new" in capsys.readouterr().out
+    assert "SRResNet_gen.pth has changed" in capsys.readouterr().out
     assert step(folder, SRGANModel) == 2 and step(folder, SRGANModel, 2) == 3
     fit(SRGANModel, given(SRGANModel, steps=4, resume=True))
     assert step(folder, SRGANModel, 2) == 4

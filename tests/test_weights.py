@@ -202,7 +202,7 @@ def test_states_of_our_own_trainings_hold_the_averaged_weights(tmp_path):
     [
         ("a.safetensors", b"{}", "torch.save"),
         ("a.pth", b"", "damaged"),
-        ("a.pth", None, "of tensors alone"),
+        ("a.pth", None, "tensors-only"),
     ],
 )
 def test_what_cannot_be_read_is_called_by_its_name(tmp_path, name, content, words):

@@ -1,11 +1,11 @@
-"""Reads damaged images: no error but ImageError may come of it, and no wrong size.
+"""Reads damaged images, which may raise ImageError but nothing else, and must not change size.
 
     python tools/fuzz_images.py [COUNT] [--seed 0]
 
-Files of every format that is read, made of scikit-image's photographs, are damaged at random,
-mostly near their beginning, where sizes and tags stand; in a PNG the checksums are mended most
-of the time, so that the damage gets past them. What is still readable is written again, in any
-format, and its stamp read back. 300 of these files are part of the test suite.
+Files in every supported input format, made from scikit-image's photographs, are damaged at random,
+mostly near the beginning, where sizes and tags are; in a PNG the checksums are mostly repaired, so
+that the damage gets past them. What is still readable is written again, in any output format, and
+its stamp read back. 300 of these files are part of the test suite.
 """
 
 import contextlib
@@ -193,7 +193,7 @@ def fuzz(count: int, seed: int, folder: Path) -> tuple[int, list[str]]:
 def main() -> int:
     parser = console.Parser(__doc__)
     parser.add_argument(
-        "count", type=console.count, nargs="?", default=10_000, metavar="COUNT", help="files"
+        "count", type=console.count, nargs="?", default=10_000, metavar="COUNT", help="of files"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Kills every command at random moments, lets it go on, and compares with an undisturbed run.
+"""Kills every command at random moments, restarts it, and compares with an undisturbed run.
 
     python tools/kill_everything.py [--kills 20] [--training-kills 10] [--seed 0] [COMMAND ...]
 
 Slicing, testing and joining are started again after every kill, trainings with --resume once they
-have saved a state. In the end there must be the same bytes in tiles and images, the same weights
+have saved a state. In the end, tiles and images must be the same to the byte, and so must weights
 and states. Prints a line per command; exits with 1 if anything differs. Takes about half an hour.
 """
 
@@ -71,8 +71,8 @@ def main() -> None:
     add, count = parser.add_argument, console.count
     add("--kills", type=count, default=20, help="kills of slice, test and join each")
     add("--training-kills", type=count, default=10, help="kills of each training")
-    add("--seed", type=int, default=0, help="random seed of the moments")
-    add("commands", nargs="*", metavar="COMMAND", help=f"of {', '.join(COMMANDS)}")
+    add("--seed", type=int, default=0, help="random seed for the moments")
+    add("commands", nargs="*", metavar="COMMAND", help=f"any of {', '.join(COMMANDS)}")
     options = parser.parse_args()
     if unknown := set(options.commands) - set(COMMANDS):
         parser.error(f"no such command: {', '.join(sorted(unknown))}")

@@ -1,8 +1,8 @@
-"""Measures whether memory grows with the number of differing image sizes; takes some minutes.
+"""Measures whether memory grows with the number of image sizes; takes some minutes.
 
     python tools/measure_memory.py
 
-Prints the peak over 200 images of random sizes, as a multiple of that of the largest one alone;
+Prints the peak memory over 200 images of random sizes relative to that of the largest one alone;
 exits with 1 above 1.2.
 """
 

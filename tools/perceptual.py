@@ -1,11 +1,11 @@
-"""Measures folders of images against their ground truth by eye rather than by pixel.
+"""Measures images against their ground truth perceptually rather than per pixel.
 
     python tools/perceptual.py HR_FOLDER SR_FOLDER [SR_FOLDER ...]
 
 Prints for each folder the mean ST-LPIPS (Ghildyal and Liu, ECCV 2022), lower is better, and the
-strength of a grid of 4 x 4 pixels, which generators trained against others can paint: the rms, over
-blocks of 32 x 32 pixels, of the 16 phase means of the high-passed luma. Far above the ground
-truth's it can be seen. Files are paired by id: `image_2400px_7.png`, `candidate_7.png`, `7_HR.png`.
+strength of the 4 x 4 pixel grid that adversarial training can leave: the rms, over blocks of
+32 x 32 pixels, of the 16 phase means of the high-passed luma. Far above the ground truth's it is
+visible. Files are paired by id: `image_2400px_7.png`, `candidate_7.png`, `7_HR.png`.
 Needs requirements-dev.txt.
 """
 
@@ -51,7 +51,7 @@ def main() -> None:
                 hr = hr[: sr.shape[0], : sr.shape[1]]
                 rows.append((float(distance(to_input(sr), to_input(hr))), grid(sr), grid(hr)))
         if not rows:
-            raise console.UserError(f"{folder}: no image of the ground truth in {options.hr}")
+            raise console.UserError(f"{folder}: no image has its ground truth in {options.hr}")
         perceptual, sr_grid, hr_grid = np.mean(rows, axis=0)
         console.info(
             f"{folder.name:32} {len(rows):4} images  ST-LPIPS {perceptual:.4f}"
