@@ -1,12 +1,12 @@
-"""Measures what each part of the network brings, on images whose ground truth is known.
+"""Measures what each part of the network contributes, on images with known ground truth.
 
     python ablation.py [--root DIR] [--ckpts DIR] [--jpeg QUALITY] [--output DIR]
 
-Takes the images of TestSet/600px with a partner in TestSet/2400px; slicing makes the former where
-only the latter are there. Compares bicubic interpolation, the SRResNet, the SRGAN at two settings
-of its texture, and the generator before and after adversarial training, each with the edges of the
-ground truth, with predicted edges and with none; then how well edges are predicted. Prints the
-means, writes them to DIR/images.csv and DIR/edges.csv, and every image to DIR/{variant}/{id}.png.
+Uses the images of TestSet/600px with a partner in TestSet/2400px; slicing makes the former from the
+latter where they are missing. Compares bicubic interpolation, the SRResNet, the SRGAN at two
+texture settings, and the generator before and after adversarial training, each with true edges,
+with predicted edges and with none; then measures how well edges are predicted. Prints the means,
+writes them to DIR/images.csv and DIR/edges.csv, and every image to DIR/{variant}/{id}.png.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ from inference import Enlarger
 from metrics import Metrics
 from tiles import HR, LR, SCALE, TEST
 
-GENERATORS = {  # what is compared: whose weights, and their shares
+GENERATORS = {  # by title: the stages whose weights to use, and their shares
     "SRResNet": {"SRResNet": 1},
     "SRGAN, texture 0.5": {"SRResNet": 0.5, "SRGAN": 0.5},
     "SRGAN, texture 1": {"SRGAN": 1},
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         true = images.canny(hr)
         made, found = make_variants(lr, true, enlargers)
         for variant, sr in made.items():
-            shift = (sr.mean(axis=(0, 1)) - hr.mean(axis=(0, 1))).tolist()  # grey levels too light
+            shift = (sr.mean(axis=(0, 1)) - hr.mean(axis=(0, 1))).tolist()  # in grey levels
             row = metrics.compare(sr, hr, device) | dict(zip(COLORS, shift, strict=True))
             tables["images.csv"][variant].append(row)
             images.write_png(output / variant / f"{name}.png", sr)

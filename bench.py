@@ -31,13 +31,13 @@ import models
 from tiles import SCALE
 
 SIDE = 600  # LR pixels of the image to enlarge
-TILE, CELL = 68, 60  # LR pixels the original computes at a time, and what of them is new
+TILE, CELL = 68, 60  # side of the original's tiles in LR pixels, with and without overlap
 BATCH, CROP = 8, 24  # of a training step
 GENERATOR, EDGE_GENERATOR = (64, 20), (64, 8)  # width and residual blocks
 
 
 def main() -> None:
-    """Measures all and prints the table, row by row."""
+    """Runs all measurements and prints the table, row by row."""
     parser = console.Parser(__doc__)
     add = parser.add_argument
     add("--repeats", type=console.count, default=3, help="runs of each measurement")
@@ -58,13 +58,13 @@ def main() -> None:
 
 
 def run(function: Callable[..., tuple], *arguments: object) -> tuple:
-    """Returns what a function returns in a process of its own."""
+    """Returns the result of a function that runs in its own process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measure(name: str, plain: bool, options: Namespace) -> tuple[float, int]:
-    """Returns the seconds of one measurement and the most bytes that this process has used."""
+    """Returns the seconds of one measurement and this process's peak memory in bytes."""
     kind = device.choose_kind(options.device)
     if plain:
         on = device.Device(torch.device(kind), layout=torch.contiguous_format)
@@ -86,7 +86,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def make_plain(network: nn.Module) -> nn.Module:
-    """Turns the layers that this repository made for speed into PyTorch's, their base classes."""
+    """Turns this repository's faster layers into PyTorch's own, their base classes."""
     for module in network.modules():
         if isinstance(module, models.FewChannelConv | models.InstanceNorm | models.PReLU):
             module.__class__ = type(module).__base__
@@ -97,13 +97,13 @@ def make_plain(network: nn.Module) -> nn.Module:
 
 
 def test(on: device.Device, plain: bool, with_edges: bool = True) -> float:
-    """Measures a whole image; of the plain way, extrapolated from some tiles."""
+    """Measures a whole image; the plain way is extrapolated from a few tiles."""
     generator = (models.Generator if with_edges else models.SRResNet)(*GENERATOR)
     edge_generator = models.EdgeGenerator(*EDGE_GENERATOR)
     if not plain:
         enlarger = inference.Enlarger(generator, edge_generator if with_edges else None, on)
         lr = np.array(Image.fromarray(skimage.data.astronaut()).resize((SIDE, SIDE)))
-        # First the same size where kernels are tuned.
+        # Warm-up, at the same size where kernels are tuned to it
         enlarger(lr if on.torch_device.type == "cuda" else lr[:TILE, :TILE])
         return timed(lambda: enlarger(lr))
     for network in (generator, edge_generator):

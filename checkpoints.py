@@ -1,4 +1,4 @@
-"""The folder of a training run, the state in it to resume from, and the weights it publishes."""
+"""A training run's folder, the state to resume from in it, and the weights it publishes."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from console import NotFiniteError, UserError
 from metrics import Metrics
 from stages import Stage
 
-START = "starting weights"  # of settings: the digest of a file, "" where --init was given
+START = "starting weights"  # key of the settings: a file's digest, or "" if --init was given
 
 
 @dataclass
@@ -24,19 +24,19 @@ class Progress:
     """The progress of a run."""
 
     step: int = 0
-    validated: int = -1  # the step of the last validation
-    best: Metrics = field(default_factory=dict)  # of the weights that validated best
+    validated: int = -1  # step of the last validation
+    best: Metrics = field(default_factory=dict)  # metrics of the weights that validated best
     best_step: int = 0
 
 
 def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict, dict]:
     """Returns a run's folder, its state to resume from or {}, and its complete settings.
 
-    A run is not continued if the weights that it started from have changed: an earlier stage has
-    been trained since.
+    A run is not continued if the weights that it started from have changed, because an earlier
+    stage has been trained since.
 
     Raises:
-        UserError: the state is of another run than the one asked for.
+        UserError: the state does not belong to the run asked for.
     """
     runs = options.runs / stage.name
     inherits = not options.init and stage.starts_from not in ("", stage.publishes)
@@ -66,9 +66,9 @@ def begin(stage: Stage, options: Namespace, settings: dict) -> tuple[Path, dict,
 
 
 def check(path: Path, state: dict, settings: dict, accept_changes: bool) -> None:
-    """Checks a state against the settings of a run, and says at which step it continues.
+    """Checks a state against the settings of a run, and prints the step at which it continues.
 
-    Where changes are accepted, its best metrics go: they are not of the same settings.
+    If changes are accepted, the best metrics are reset: they belong to other settings.
 
     Raises:
         UserError: the settings differ.
@@ -107,7 +107,7 @@ def save(folder: Path, parts: dict, done: Progress, settings: dict) -> None:
 
 
 def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
-    """Saves a run that stops early, and says so, or why not."""
+    """Saves a run that stops early, and says so or why it failed."""
     try:
         save()
     except Exception as error:  # the first error is the one to raise
@@ -119,16 +119,16 @@ def save_anyway(save: Callable[[], None], folder: Path, done: Progress) -> None:
 def publish(
     stage: Stage, folder: Path, options: Namespace, done: Progress, old: Metrics, reference: Metrics
 ) -> None:
-    """Copies a run's best weights to where tests and later stages look for them.
+    """Copies a run's best weights to `options.ckpts`, for tests and later stages.
 
-    Unless those there are as good: they validate as well or, where validation does not judge (see
-    `Stage.best_by`) or there is none, this run is shorter than the stage's recipe.
-    What is replaced is kept in the run's folder.
+    Existing weights are kept if they validate as well or, for stages without a metric to judge by
+    (see `Stage.best_by`) or without validation, if this run is shorter than the stage's recipe.
+    Replaced weights are kept in the run's folder.
 
     Args:
-        options: `ckpts`; `publish`: replace them anyway, if the run is complete.
-        old: metrics of the weights to replace, {} if there are none.
-        reference: metrics of what the stage is compared with.
+        options: `ckpts`; `publish`: replace weights anyway if the run is complete.
+        old: metrics of the existing weights, {} if there are none.
+        reference: metrics of the stage's baseline.
     """
     target = files.weight_path(options.ckpts, stage.publishes)
     source, step, steps = folder / "latest.pth", done.step, type(stage).recipe.steps
@@ -156,7 +156,7 @@ def publish(
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a file as a whole or not at all."""
+    """Copies a file atomically."""
     with files.replacing(target, durable=True) as temporary:
         shutil.copyfile(source, temporary)
 
@@ -165,7 +165,7 @@ def restore(parts: dict, state: dict, path: Path) -> None:
     """Loads networks and optimisers from a state; the optimisers keep their settings.
 
     Raises:
-        UserError: it is of other networks.
+        UserError: the state belongs to other networks.
     """
     try:
         for key, part in parts.items():

@@ -1,4 +1,4 @@
-"""What every script shares in a terminal: errors, messages, bars, options."""
+"""What all scripts share on the command line: errors, messages, progress bars, options."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent  # where TrainingSet/, TestSet/ and ckpts/ are
 incomplete: list[str] = []  # reports of commands that skipped something
-LOG_INTERVAL = 30  # seconds between two states of a bar in a log file
+LOG_INTERVAL = 30  # seconds between two lines of a bar in a log file
 T = TypeVar("T")
 
 
@@ -28,7 +28,7 @@ class ImageError(UserError):
 
 
 class StorageError(UserError):
-    """Nothing can be written to a folder, which stops the whole run."""
+    """A folder cannot be written to, which stops the whole run."""
 
 
 class NotFiniteError(UserError):
@@ -36,7 +36,7 @@ class NotFiniteError(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what an error says, in one line."""
+    """Returns an error's message as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) and not error.args:
@@ -46,13 +46,13 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the script with one line on stderr instead of a traceback, where the user can help.
+    """Ends the script with one line on stderr, not a traceback, if the user can fix the error.
 
     Raises:
-        SystemExit: 1 after a UserError, an OSError, full memory, or `warn_incomplete`; 130 after
+        SystemExit: 1 after a UserError, an OSError, a MemoryError, or `warn_incomplete`; 130 after
             Ctrl-C.
     """
-    for name in ("stdout", "stderr"):  # else the next open file takes its number: C writes there
+    for name in ("stdout", "stderr"):  # or the next open file gets the descriptor C code writes to
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     incomplete.clear()
@@ -67,7 +67,7 @@ def plain_errors() -> Iterator[None]:
         warn(one_line(error))
         raise SystemExit(1) from None
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes raise it: one says it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes raise it: one prints it
             warn(one_line(error))
         raise SystemExit(1) from None
 
@@ -79,11 +79,11 @@ def plain_errors() -> Iterator[None]:
 class Output:
     """A standard stream that never raises: training outlives its terminal and a full disk.
 
-    In a terminal, which shows both, they compare equal: so bars make room for messages on either.
+    In a terminal, which shows both streams, they compare equal, so that bars make way for either.
 
     Attributes:
         name: "stdout" or "stderr".
-        lines: every text becomes a line of its own, without control codes, as log files want it.
+        lines: write every text as its own line, without control codes, for log files.
     """
 
     name: str = field(compare=False)
@@ -108,17 +108,17 @@ class Output:
 
 
 def info(text: str, stream: str = "stdout") -> None:
-    """Prints a line above the bars."""
+    """Prints a line above any progress bar."""
     tqdm.write(f"{text}\n", file=Output(stream), end="")  # one write: processes share a terminal
 
 
 def warn(text: str) -> None:
-    """Prints a line on stderr, above the bars."""
+    """Prints a line on stderr, above any progress bar."""
     info(text, "stderr")
 
 
 def warn_incomplete(report: str) -> None:
-    """Prints the report of a command that skipped something, which the exit status will tell."""
+    """Prints the report of a command that skipped something, and makes the exit status 1."""
     incomplete.append(report)
     warn(report)
 
@@ -126,7 +126,7 @@ def warn_incomplete(report: str) -> None:
 def progress(*args: object, leave: bool = True, disable: bool = False, **options: object) -> tqdm:
     """Returns a tqdm bar, shown by the first process.
 
-    In a log file it is a line every half minute, and an inner one (`leave=False`) is not shown.
+    In a log file, a bar is a line every half minute, and inner ones (`leave=False`) are not shown.
     """
     log = True
     with suppress(AttributeError, ValueError):  # no stderr, or a closed one
@@ -141,7 +141,7 @@ def progress(*args: object, leave: bool = True, disable: bool = False, **options
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that names the nearest option to a mistyped one.
+    """An argument parser that suggests the nearest option to a mistyped one.
 
     Args:
         doc: a docstring, whose first line is the description; None under `python -OO`.
@@ -160,7 +160,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def parse_args(self, args: list[str] | None = None) -> argparse.Namespace:
-        """Returns the options; a command's images may stand between them."""
+        """Returns the options; positional arguments may stand between them."""
         options, unknown = self.parse_known_intermixed_args(args)
         if unknown:
             name = unknown[0].partition("=")[0]
@@ -192,7 +192,7 @@ def option(read: Callable[[str], T], wanted: str, holds: Callable[[T], bool]) ->
     Args:
         read: int, float or `path`.
         wanted: what the value must be, for the message: "a whole number of 1 or more".
-        holds: whether a value is that.
+        holds: tells whether a value is that.
     """
 
     def parse(text: str) -> T:

@@ -1,7 +1,7 @@
 """Training data: random crops of paired tiles, their Canny edges, and the held-out images.
 
-All randomness is derived from (seed, batch number), so that training can resume, also on another
-number of processes with the same total batch size, with the very crops it would have seen.
+All randomness is derived from (seed, batch number), so that a resumed training sees exactly the
+crops it would have seen, also with another number of processes if the total batch size is the same.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,18 +31,18 @@ Pairs = dict[str, tuple[Path, Path]]  # LR and HR image by id
 
 
 def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
-    """Divides the training set by images, never by tiles.
+    """Splits the training set by images, never by tiles.
 
     Args:
         root: folder of `TrainingSet/`.
-        held_out: images to keep from training; at most a quarter of them all.
+        held_out: images to hold out; at most a quarter of them all are.
 
     Returns:
-        The images to train on, and those to validate with, evenly spread over the sorted ids.
+        The images to train on, and those to validate on, evenly spread over the sorted ids.
 
     Raises:
-        ImageError: an image has no partner, LR and HR tiles that do not match, or a first tile
-            that was not cut from it as it is now.
+        ImageError: an image has no partner, its LR and HR tiles do not match, or its first tile
+            was cut from an older version of it.
     """
     (lr, _), (hr, _) = (tiles.find_images(root / TRAINING / size) for size in (LR, HR))
     lr_tiles, hr_tiles = (tiles.find_tiles(root / TRAINING / size / TILES) for size in (LR, HR))
@@ -70,14 +70,14 @@ def split(root: Path, held_out: int) -> tuple[Pairs, Pairs]:
 
 
 def in_threads(work: Callable, jobs: Sequence[tuple], title: str) -> list:
-    """Returns what a function makes of each job's arguments, in their order; shows a bar."""
+    """Returns the results of a function for each job's arguments, in order; shows a bar."""
     with ThreadPoolExecutor(console.processor_share()) as pool:
         found = pool.map(lambda job: work(*job), jobs)
         return list(console.progress(found, title, len(jobs), leave=False, unit="tile"))
 
 
 class CropRequest(NamedTuple):
-    """A crop that the loader asks `PairedTiles` for: tile, LR pixels a side, random seed."""
+    """A crop that the loader requests from `PairedTiles`: tile, side in LR pixels, random seed."""
 
     tile: int
     size: int
@@ -94,18 +94,18 @@ def draw_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[list[CropRequest]]:
-    """Yields batches of crop requests without end: every tile once an epoch, one size per batch.
+    """Yields endless batches of crop requests: every tile once per epoch, one size per batch.
 
     Args:
         batch_size: crops per batch in each process.
-        sizes: smallest and largest crop in LR pixels a side.
+        sizes: side of the smallest and the largest crop in LR pixels.
         start: number of the first batch.
-        rank: this process's number of `world`; all take their share of the same larger batch.
+        rank: of this process among `world`; each takes its share of one larger batch.
     """
     epoch, order = -1, None
     for number in count(start):
         size = int(np.random.default_rng((seed, 0, number)).integers(*sizes, endpoint=True))
-        # crops are counted over all batches and processes; `position` is a crop's number
+        # `position` numbers the crops over all batches and processes
         first = (number * world + rank) * batch_size
         requests = []
         for position in range(first, first + batch_size):
@@ -117,24 +117,24 @@ def draw_batches(
 
 
 class PairedTiles(Dataset):
-    """Random crops of LR tiles and of the same place in HR.
+    """Random crops of LR tiles and the matching crops of HR tiles.
 
-    An item is a dict of uint8 tensors: `lr` (3, s, s) and `hr` (3, 4s, 4s) in [0, 255] and, where
-    asked for, `lr_edges` (1, s, s) and `hr_edges` (1, 4s, 4s) in {0, 255}; and of `softness` (2,),
-    random numbers in [0, 1) for soft labels. Where a tile cannot be used the item is the error.
+    An item is a dict of uint8 tensors, `lr` (3, s, s) and `hr` (3, 4s, 4s) in [0, 255] and, if
+    requested, `lr_edges` (1, s, s) and `hr_edges` (1, 4s, 4s) in {0, 255}; and of `softness` (2,),
+    random numbers in [0, 1) for soft labels. If a tile cannot be used, the item is the error.
 
     Args:
         root: folder of `TrainingSet/`, sliced.
-        names: ids of the images whose tiles to use; those smaller than the crops are left out.
-        largest: the largest crop that will be drawn, LR pixels a side.
+        names: ids of the images whose tiles to use; those smaller than the crops are skipped.
+        largest: side of the largest crop that will be drawn, in LR pixels.
         color: vary brightness, contrast, saturation and hue, besides flips and quarter turns.
-        jpeg: probability that the LR crop passes through JPEG, at a quality of 60 to 100.
+        jpeg: probability that the LR crop is compressed as JPEG, at a quality of 60 to 100.
         edges: which Canny edges to compute: any of "lr", "hr".
 
     Attributes:
-        names, small: ids of the images that are used, and that are left out.
+        names, small: ids of the images that are used, and of those too small.
         size: bytes of all tiles, decoded.
-        in_memory: what `load_pair` returns of each tile, after `keep_in_memory`.
+        in_memory: the results of `load_pair` for all tiles, after `keep_in_memory`.
     """
 
     def __init__(
@@ -167,13 +167,13 @@ class PairedTiles(Dataset):
         self.in_memory: list[list[np.ndarray]] = []
 
     def keep_in_memory(self) -> None:
-        """Decodes all tiles and finds their HR edges, for this process and its forks, if half of
-        free memory holds them.
+        """Decodes all tiles and computes their HR edges, for this process and its forks, if they
+        fit into half of the free memory.
 
         Raises:
             ImageError: a tile cannot be used.
         """
-        device.release_freed_memory()  # of the stage before
+        device.release_freed_memory()  # of the previous stage
         if self.size < device.free_ram() / 2:
             jobs = [(*pair, self.keeps_edges) for pair in self.pairs]
             self.in_memory = in_threads(load_pair, jobs, "Decoding tiles")
@@ -188,7 +188,7 @@ class PairedTiles(Dataset):
             return error
 
     def crop(self, request: CropRequest) -> dict[str, Tensor]:
-        """Returns the item for a request."""
+        """Returns the item of a request."""
         rng = np.random.default_rng((*request.seed, 2))
         known, tile = self.in_memory, request.tile
         lr, hr, *hr_edges = known[tile] if known else load_pair(*self.pairs[tile])
@@ -210,10 +210,10 @@ class PairedTiles(Dataset):
 
 
 def load_pair(lr_path: Path, hr_path: Path, with_edges: bool = False) -> list[np.ndarray]:
-    """Returns an LR tile, its HR tile and, if asked for, the latter's edges.
+    """Returns an LR tile, its HR tile and, if requested, the latter's edges.
 
     Raises:
-        ImageError: one cannot be read, or they do not fit each other.
+        ImageError: one cannot be read, or their sizes do not match.
     """
     lr, hr = images.read_image(lr_path), images.read_image(hr_path)
     if hr.shape[:2] != (SCALE * lr.shape[0], SCALE * lr.shape[1]):
@@ -232,15 +232,15 @@ def crop_pair(
 ) -> dict[str, Tensor]:
     """Returns the crops of an LR and an HR image at one place, as an item of `PairedTiles`.
 
-    Recolouring, JPEG and Canny see a margin around the crop, so that nothing begins at its border.
+    Recolouring, JPEG and Canny see a margin around the crop, which avoids border effects.
 
     Args:
         lr, hr: `(H, W, 3)` and `(4H, 4W, 3)` uint8, RGB.
         area: of the LR image.
         changes: of `draw_colors`, the same for LR and HR.
-        quality: of the JPEG that the LR crop passes through; None for none.
-        hr_edges: of the whole HR image, `(4H, 4W)` uint8, if they are known: nearly everywhere
-            those of the crop and its margin.
+        quality: of the JPEG compression of the LR crop; None for none.
+        hr_edges: of the whole HR image, `(4H, 4W)` uint8, if known; nearly the same as edges
+            computed on the crop and its margin.
     """
     item = {}
     outer = tiles.grow(area, images.CANNY_REACH, lr.shape)
@@ -260,7 +260,7 @@ def crop_pair(
 
 
 def draw_colors(rng: np.random.Generator) -> list[tuple]:
-    """Returns (function, amount) of the colour changes to make, each with probability one half."""
+    """Returns (function, amount) of random colour changes, each drawn with probability one half."""
     ranges = [
         (transforms.adjust_brightness, 0.8, 1.2),
         (transforms.adjust_contrast, 0.8, 1.2),
@@ -272,7 +272,7 @@ def draw_colors(rng: np.random.Generator) -> list[tuple]:
 
 
 def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Returns an `(H, W, 3)` uint8 RGB image as JPEG of a quality of 0 to 100 gives it back."""
+    """Returns an `(H, W, 3)` uint8 RGB image after JPEG compression at a quality of 0 to 100."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)

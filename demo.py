@@ -2,8 +2,8 @@
 
     python demo.py
 
-Works in the folder demo/ and ends with one image to look at: bicubic, predicted edges, generated
-and ground truth, side by side.
+Works in the folder demo/, and ends with one sheet to look at: bicubic, predicted edges, generated
+image and ground truth, side by side.
 """
 
 import csv
@@ -18,7 +18,7 @@ from sheets import Cell, draw_edges, draw_sheet
 from tiles import HR, JOINED, LR, OUTPUT, SCALE, TEST
 
 DEMO = console.ROOT / "demo"
-# How to load each, and the center of its detail on the sheet, as fractions of height and width.
+# Loader of each, and the center of its detail on the sheet, as fractions of height and width.
 PHOTOGRAPHS = {
     "astronaut": (skimage.data.astronaut, (0.25, 0.45)),
     "chelsea": (skimage.data.chelsea, (0.40, 0.50)),

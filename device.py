@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import console
 from console import NotFiniteError, UserError
 
-WAIT_FOR_OTHERS = timedelta(days=1)  # processes that test have unequal shares
+WAIT_FOR_OTHERS = timedelta(days=1)  # when testing, processes have unequal shares
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CGROUPS = [(Path("/sys/fs/cgroup"), "memory.max", "memory.current")]
 CGROUPS += [(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")]
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error is PyTorch's, that the memory of a GPU, or the CPU, is full."""
+    """Returns whether an error is PyTorch's for full GPU or CPU memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -42,7 +42,7 @@ class Device:
     layout: torch.memory_format = torch.channels_last  # of images and of convolutions' weights
 
     def describe(self) -> str:
-        """Returns what it is in words, such as "CPU, bfloat16, 2 threads"."""
+        """Returns a description such as "CPU, bfloat16, 2 threads"."""
         kind = self.torch_device.type
         name = torch.cuda.get_device_name(self.torch_device) if kind == "cuda" else kind.upper()
         count = torch.get_num_threads()
@@ -61,7 +61,7 @@ class Device:
         return torch.autocast(kind, self.dtype, enabled=enabled)
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Moves a network to the device, in the memory layout convolutions are fastest in."""
+        """Moves a network to the device, in the memory layout with the fastest convolutions."""
         return network.to(self.torch_device, memory_format=self.layout)
 
     def send(self, tensor: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Device:
         """Calls a function in the first process and returns its result in all.
 
         Raises:
-            Exception: of the function; the other processes exit silently.
+            Exception: the function's; the other processes exit silently.
         """
         if self.world == 1:
             return function(*arguments)
@@ -99,10 +99,10 @@ class Device:
         return answer[0]
 
     def any_process(self, flag: bool) -> bool:
-        """Returns whether the flag is set in any process, the same answer in all of them."""
+        """Returns, in all processes alike, whether the flag is set in any of them."""
         if self.world == 1:
             return flag
-        total = torch.tensor(int(flag))  # on the CPU, so that the GPU need not be waited for
+        total = torch.tensor(int(flag))  # on the CPU, to avoid waiting for the GPU
         dist.all_reduce(total)
         return bool(total)
 
@@ -119,7 +119,7 @@ class Device:
 
 
 def open_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
-    """Finds device and precision and, under torchrun, joins the other processes.
+    """Chooses device and precision and, under torchrun, joins the other processes.
 
     Args:
         name: "auto", "cpu", "cuda" or "mps".
@@ -127,9 +127,9 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
         training: whether gradients are needed, for which float16 is too coarse.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: the device is not available.
     """
-    several = all(name in os.environ for name in TORCHRUN)  # a single one is a leftover
+    several = all(name in os.environ for name in TORCHRUN)  # only some of them: leftovers
     rank = int(os.environ["RANK"]) if several else 0
     world = int(os.environ["WORLD_SIZE"]) if several else 1
     kind = choose_kind(name)
@@ -141,12 +141,12 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
     slow_backwards = kind == "cpu" and dtype == torch.float32  # in channels-last
     layout = torch.contiguous_format if slow_backwards and training else torch.channels_last
     keep_freed_memory()
-    if not training:  # oneDNN's cache: it compiles a kernel per image shape, up to 1024 of them
+    if not training:  # oneDNN compiles a kernel per image shape, and caches up to 1024 of them
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if world > 1:
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # as torchrun sets it by itself
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
             torch.set_num_threads(console.processor_share())
-        if not dist.is_initialized():  # by the command before this one
+        if not dist.is_initialized():  # by an earlier command
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
             atexit.register(dist.destroy_process_group)
@@ -154,10 +154,10 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
 
 
 def choose_kind(name: str) -> str:
-    """Returns "cuda", "mps" or "cpu": what was asked for or, for "auto", the best that works here.
+    """Returns "cuda", "mps" or "cpu": the one asked for or, for "auto", the best that works here.
 
     Raises:
-        UserError: what was asked for is not available.
+        UserError: the one asked for is not available.
     """
     obstacle = cuda_obstacle() if name in ("auto", "cuda") else "not asked for"
     mps = name != "cpu" and torch.backends.mps.is_available()
@@ -173,7 +173,7 @@ def choose_kind(name: str) -> str:
 
 
 def cuda_obstacle() -> str | None:
-    """Returns why CUDA cannot be used here, None if this process's GPU computes."""
+    """Returns why CUDA cannot be used here, or None if this process's GPU works."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
     try:
@@ -193,8 +193,8 @@ def warn_once(text: str) -> None:
 def choose_precision(kind: str, precision: str = "auto", training: bool = False) -> torch.dtype:
     """Returns the networks' precision.
 
-    "auto" is bfloat16 where the processor computes in it; else float16 on a CUDA GPU that tests,
-    and float32 everywhere else. Training in float16 falls back to float32, with a warning.
+    "auto" is bfloat16 where the hardware supports it; else float16 for testing on a CUDA GPU, and
+    float32 everywhere else. Training in float16 falls back to float32, with a warning.
     """
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -210,7 +210,7 @@ def choose_precision(kind: str, precision: str = "auto", training: bool = False)
 
 
 def free_ram() -> int:
-    """Returns the bytes of main memory that this process may take; 0 outside Linux."""
+    """Returns the bytes of free RAM that this process may use; 0 outside Linux."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
@@ -223,10 +223,9 @@ def free_ram() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep large blocks for the next tensor, as PyTorch does on GPUs.
+    """Makes glibc keep large freed blocks for the next tensor, as PyTorch does on GPUs.
 
-    By default it returns them to the system, whose fresh pages cost time. Without effect outside
-    Linux.
+    By default they go back to the system, and fresh pages cost time. No effect outside Linux.
     """
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -237,7 +236,7 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Returns what `keep_freed_memory` kept: images of many sizes would fragment it."""
+    """Gives memory kept by `keep_freed_memory` back: images of many sizes would fragment it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -246,13 +245,13 @@ def release_freed_memory() -> None:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """Returns the (1, C, H, W) tensor of an `(H, W, C)` or `(H, W)` array: same values and type."""
+    """Returns an `(H, W, C)` or `(H, W)` array as a (1, C, H, W) tensor: same values and dtype."""
     tensor = torch.from_numpy(np.ascontiguousarray(image))
     return (tensor[..., None] if tensor.ndim == 2 else tensor).permute(2, 0, 1)[None]
 
 
 def to_image(tensor: Tensor) -> np.ndarray:
-    """Returns the `(H, W, C)` uint8 array of a (1, C, H, W) tensor in [0, 1], rounded.
+    """Returns a (1, C, H, W) tensor in [0, 1] as an `(H, W, C)` uint8 array, rounded.
 
     Raises:
         NotFiniteError: a value is not a number.

@@ -1,4 +1,4 @@
-"""Atomic writes, and digests by which the content of files is recognised."""
+"""Atomic writes, and digests of file contents."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from console import StorageError
 
-LOCKED_SECONDS = 2  # how long a virus scanner may hold a file that is to be replaced
+LOCKED_SECONDS = 2  # how long a virus scanner may hold a file that we replace
 FULL, FORBIDDEN = "free some space and run the same command again", "choose a writable folder"
 REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL}
 REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), FORBIDDEN)
@@ -20,12 +20,12 @@ REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), FORBIDDEN)
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary path to write to, which is renamed to `path` when all went well.
+    """Yields a temporary path to write to, which is renamed to `path` if all goes well.
 
-    Makes the folder if need be.
+    Creates the folder if necessary.
 
     Args:
-        durable: flush the file to disk before it is renamed, so that a power cut leaves it whole.
+        durable: flush the file to disk before renaming, so that it survives a power cut.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written to.
@@ -59,7 +59,7 @@ def _rename(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Raises StorageError for an OSError that says that nothing can be written to a folder."""
+    """Raises StorageError for an OSError which means that a folder cannot be written to."""
     try:
         yield
     except OSError as error:
@@ -69,7 +69,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder if need be; raises StorageError unless files can be written to it."""
+    """Creates a folder if necessary; raises StorageError if it is not writable."""
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -77,7 +77,7 @@ def check_writable(folder: Path) -> None:
 
 
 def digest(*paths: Path) -> str:
-    """Returns a digest of the content of files, 16 hexadecimal digits."""
+    """Returns a digest of the contents of files, 16 hexadecimal digits."""
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -86,5 +86,5 @@ def digest(*paths: Path) -> str:
 
 
 def weight_path(ckpts: Path, name: str) -> Path:
-    """Returns where the weights of a stage's generator are."""
+    """Returns the path of a stage's generator weights."""
     return ckpts / f"{name}_gen.pth"

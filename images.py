@@ -1,7 +1,7 @@
 """Image files in and out: any common format is read, and metadata are kept.
 
 An image is an `(H, W, 3)` uint8 array, RGB, upright. Slicing, training and `upscale` all see
-the same pixels of a file; what these cannot carry stays in a `Photo` until the result is written.
+the same pixels of a file; everything else stays in a `Photo` until the result is written.
 """
 
 import errno
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import skimage  # loads its parts when they are used
+import skimage  # loads its submodules lazily
 from PIL import Image, ImageCms, PngImagePlugin
 from PIL.ExifTags import Base as Tag
 
@@ -24,14 +24,14 @@ import console
 import files
 import metadata
 
-cv2.setNumThreads(1)  # images have threads each; a forked process could not end OpenCV's
-warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that is left out anyway
-PROFILE_BYTES = PngImagePlugin.MAX_TEXT_CHUNK  # more in a PNG is refused by other programs
+cv2.setNumThreads(1)  # each image has its thread; a forked process could not end OpenCV's
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that are left out anyway
+PROFILE_BYTES = PngImagePlugin.MAX_TEXT_CHUNK  # other programs reject larger ones in a PNG
 # The images are the user's own, however large.
 Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PngImagePlugin.MAX_TEXT_MEMORY
 
 CANNY_SIGMA = 2
-CANNY_REACH = 4 * CANNY_SIGMA  # pixels beyond which the smoothing takes nothing in
+CANNY_REACH = 4 * CANNY_SIGMA  # radius of the smoothing kernel in pixels
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".apng", ".avif", ".avifs", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
@@ -43,11 +43,11 @@ FOREIGN |= {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw
 FASTEST = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
 FASTEST += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 JPEG_SEGMENT = 65500  # bytes
-END_OF_JPEG, MOST_MISSING = b"\xff\xd9", 0.05  # of the rows of a JPEG file that was cut off
+END_OF_JPEG, MOST_MISSING = b"\xff\xd9", 0.05  # fraction of the rows of a truncated JPEG file
 PNG = ("PNG", {"compress_level": 1, "compress_type": zlib.Z_RLE})
 JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
-WEBP = ("WEBP", {"lossless": True, "quality": 20, "method": 1})  # quality means effort
-TIFF = ("TIFF", {})  # compressed, Pillow cannot write EXIF data of every kind
+WEBP = ("WEBP", {"lossless": True, "quality": 20, "method": 1})  # quality here means effort
+TIFF = ("TIFF", {})  # in compressed ones Pillow cannot write every kind of EXIF data
 # Format and options of the files that results can be written to, by suffix.
 RESULTS = {".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".webp": WEBP, ".tif": TIFF, ".tiff": TIFF}
 LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels a side
@@ -59,17 +59,17 @@ TURNS |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 
 @dataclass
 class Photo:
-    """An image file: its pixels, and what is to come back with the result.
+    """An image file: its pixels, and the metadata to keep in the result.
 
     Attributes:
         rgb: `(H, W, 3)` uint8, upright. Where `alpha` is 0, the nearest visible colour.
-        alpha: `(H, W)` uint8; None if all is opaque.
-        icc: the colour profile that `rgb` is to be seen with.
-        exif: the EXIF tags that tell about the image, without orientation and thumbnail.
+        alpha: `(H, W)` uint8; None if the image is opaque.
+        icc: the colour profile of `rgb`.
+        exif: the EXIF tags that describe the image, without orientation and thumbnail.
         xmp: the XMP packet.
-        text: a PNG's texts by keyword.
-        dpi: horizontal and vertical.
-        notes: a sentence for every change that reading made.
+        text: a PNG's text chunks by keyword.
+        dpi: horizontal and vertical resolution.
+        notes: a sentence on each thing that reading changed or dropped.
     """
 
     rgb: np.ndarray
@@ -91,10 +91,10 @@ class Photo:
 
 
 def read_photo(path: Path) -> Photo:
-    """Reads an image of any mode, with all that is to come back with the result.
+    """Reads an image of any mode, with the metadata to keep in the result.
 
     Raises:
-        ImageError: the file is not an image, or damaged.
+        ImageError: the file is not an image, or is damaged.
         OSError: the file cannot be opened.
     """
     notes = []
@@ -121,7 +121,7 @@ def read_photo(path: Path) -> Photo:
             photo.alpha = np.ascontiguousarray(pixels[..., 3])
             _fill_hidden(photo.rgb, photo.alpha)
 
-        # What goes with them
+        # The metadata
         photo.dpi, photo.xmp = metadata.dpi_of(image), metadata.kept_xmp(image)
         try:
             with _pillow(path):
@@ -143,7 +143,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_stamp(path: Path) -> str:
-    """Returns the stamp a file was written with; "" without one, or without a readable file."""
+    """Returns the stamp a file was written with; "" if there is none or the file is unreadable."""
     unreadable = suppress(console.ImageError, OSError, MemoryError)
     with unreadable, _open(path) as image, _pillow(path):
         return str(metadata.exif_of(image).get(metadata.STAMP, ""))
@@ -152,10 +152,10 @@ def read_stamp(path: Path) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    """Yields the image in a file, not decoded yet."""
+    """Yields the image in a file, not yet decoded."""
     if path.suffix.lower() in FOREIGN:
         raise console.ImageError(f"{path}: {path.suffix} is not supported; convert it to PNG")
-    with path.open("rb") as file:  # Pillow would map some TIFF files by name, and turn them wrongly
+    with path.open("rb") as file:  # given a name, Pillow maps some TIFF files and misrotates them
         with _pillow(path):
             image = Image.open(file, formats=FORMATS)
         yield image
@@ -163,19 +163,19 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def _pillow(path: Path) -> Iterator[None]:
-    """Raises ImageError for what Pillow raises over a bad file, which may be any exception.
+    """Raises ImageError for whatever Pillow raises on a bad file, which may be any exception.
 
-    Full memory, and errors of the file system, stay what they are. Only for calls of Pillow.
+    MemoryError and errors of the file system are passed on. Only for calls to Pillow.
     """
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        # EINVAL and EOVERFLOW come from seeking to where a damaged file points.
+        # A damaged file can make Pillow seek to impossible offsets: EINVAL, EOVERFLOW.
         if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.EOVERFLOW):
             raise
-        if "out of memory" in str(error):  # of a decoder
+        if "out of memory" in str(error):  # from a decoder
             raise MemoryError from error
         what = f"damaged ({console.one_line(error)}); replace or remove it"
         if isinstance(error, Image.UnidentifiedImageError):
@@ -184,8 +184,8 @@ def _pillow(path: Path) -> Iterator[None]:
 
 
 def _orientation(path: Path, image: Image.Image) -> int:
-    """Returns how an image is to be turned by its tag alone, 1 to 8; 1 if that is not known."""
-    if image.format != "TIFF":  # which Pillow turns itself
+    """Returns an image's EXIF orientation, 1 to 8; 1 if it is unknown or Pillow applies it."""
+    if image.format != "TIFF":  # where Pillow applies it
         with suppress(console.ImageError), _pillow(path):
             value = metadata.exif_of(image).get(Tag.Orientation)
             return value if value in TURNS else 1
@@ -193,9 +193,9 @@ def _orientation(path: Path, image: Image.Image) -> int:
 
 
 def _load(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
-    """Decodes an image; a JPEG file may lack its end, as for viewers."""
+    """Decodes an image; a JPEG file may be truncated, as viewers allow."""
     if image.format == "TIFF" and Tag.Orientation not in image.tag_v2:
-        image.getexif().pop(Tag.Orientation, None)  # of XMP; Pillow would turn by it
+        image.getexif().pop(Tag.Orientation, None)  # from XMP; Pillow would apply it
     try:
         image.load()
         return image
@@ -203,7 +203,7 @@ def _load(path: Path, image: Image.Image, notes: list[str]) -> Image.Image:
         if image.format not in ("JPEG", "MPO"):
             raise
     image = Image.open(io.BytesIO(path.read_bytes() + END_OF_JPEG))
-    gray = np.asarray(image.convert("RGB")) == 128  # libjpeg's for what is missing
+    gray = np.asarray(image.convert("RGB")) == 128  # libjpeg fills missing parts with it
     missing = gray.all(axis=(1, 2)).mean()
     if missing > MOST_MISSING:
         raise OSError(f"{missing:.0%} of its rows are missing")
@@ -215,7 +215,7 @@ def _to_8_bits(path: Path, image: Image.Image, packing: object, notes: list[str]
     """Returns an image of any depth with 8 bits per channel.
 
     Args:
-        packing: of the channels in the file, as Pillow has it before it decodes: "RGB;16B".
+        packing: layout of the channels in the file as Pillow names it before decoding: "RGB;16B".
     """
     kind = image.format
     numbers = image.mode.startswith(("I", "F"))
@@ -224,7 +224,7 @@ def _to_8_bits(path: Path, image: Image.Image, packing: object, notes: list[str]
     deep = numbers or ";16" in str(packing)
     if deep or (kind == "PPM" and isinstance(packing, tuple) and packing[1] > 255):
         notes.append("reduced to 8 bits per channel")
-    # A PNG's transparent colour has its depth, which Pillow ignores.
+    # A PNG's transparent colour is given at its own bit depth, which Pillow ignores.
     other_depth = kind == "PNG" and (deep or str(packing).startswith("L;"))
     if other_depth and image.info.pop("transparency", None) is not None:
         notes.append("its transparent colour is left out")
@@ -233,14 +233,14 @@ def _to_8_bits(path: Path, image: Image.Image, packing: object, notes: list[str]
     white = 4095 if ";12" in str(packing) else 65535
     levels = np.rint(np.asarray(image) * np.float64(255 / white)).astype(np.uint8)
     if kind == "TIFF" and image.tag_v2.get(Tag.PhotometricInterpretation) == 0:
-        levels = 255 - levels  # white is 0, which Pillow minds only up to 8 bits
+        levels = 255 - levels  # white is 0, which Pillow respects only up to 8 bits
     return Image.fromarray(levels)
 
 
 def _to_rgb(
     image: Image.Image, icc: bytes | None, notes: list[str]
 ) -> tuple[Image.Image, bytes | None]:
-    """Returns an image as RGB or RGBA, and its profile unless a result could not have it."""
+    """Returns an image as RGB or RGBA, and its profile, or None if a result could not keep it."""
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
     mode, cmyk = "RGBA" if image.has_transparency_data else "RGB", image.mode == "CMYK"
@@ -255,12 +255,12 @@ def _to_rgb(
         srgb = ImageCms.createProfile("sRGB")
         profile = io.BytesIO(icc or b"")
         return ImageCms.profileToProfile(image, profile, srgb, outputMode=mode), None
-    except (ImageCms.PyCMSError, OSError, ValueError):  # none, or of other colours
+    except (ImageCms.PyCMSError, OSError, ValueError):  # no profile, or for another colour space
         return image.convert(mode), None
 
 
 def _fill_hidden(rgb: np.ndarray, alpha: np.ndarray) -> None:
-    """Gives pixels of alpha 0 the colour of the nearest visible one, so that none bleeds in."""
+    """Fills pixels of alpha 0 with the nearest visible colour, so that no hidden one bleeds in."""
     hidden = alpha == 0
     if hidden.any() and not hidden.all():
         _, nearest = cv2.distanceTransformWithLabels(
@@ -275,12 +275,12 @@ def _fill_hidden(rgb: np.ndarray, alpha: np.ndarray) -> None:
 
 
 def write_png(path: Path, image: np.ndarray, stamp: str = "", photo: Photo | None = None) -> None:
-    """Writes an image as PNG, by OpenCV, which is twice as fast as Pillow.
+    """Writes an image as PNG with OpenCV, which is twice as fast as Pillow.
 
     Args:
         image: `(H, W, 3)` RGB or `(H, W)` grey, uint8.
         stamp: what the image was made from, in ASCII, for `read_stamp`.
-        photo: whose EXIF tags and colour profile are to go with it.
+        photo: source of the EXIF tags and the colour profile to include.
     """
     exif = metadata.result_exif(photo and photo.exif, image.shape[1::-1], stamp).tobytes()
     given = {cv2.IMAGE_METADATA_EXIF: exif.removeprefix(b"Exif\0\0")}
@@ -294,17 +294,17 @@ def write_png(path: Path, image: np.ndarray, stamp: str = "", photo: Photo | Non
 
 
 def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> list[str]:
-    """Writes a result with what `photo` carries: alpha, grey, colours, metadata, DPI.
+    """Writes a result with what `photo` carries: alpha, greyness, colour profile, metadata, DPI.
 
     JPEG gets quality 95 and is white where the image is transparent; the others are lossless.
 
     Args:
-        path: its suffix, one of `RESULTS`, tells the format.
+        path: its suffix, one of `RESULTS`, determines the format.
         sr: `(4 * H, 4 * W, 3)` uint8, RGB, made from `photo.rgb`.
         stamp: as in `write_png`.
 
     Returns:
-        A sentence for all that the format cannot carry.
+        A sentence on each thing that the format cannot store.
 
     Raises:
         ImageError: the image is too large for the format.
@@ -330,7 +330,7 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
         else:
             image.putalpha(alpha)
 
-    # What goes with them
+    # The metadata
     exif = metadata.result_exif(photo.exif, size, stamp)
     carried = {"exif": exif, "xmp": photo.xmp, "icc_profile": photo.icc, "dpi": photo.dpi}
     if file_format == "PNG":
@@ -356,11 +356,11 @@ def write_image(path: Path, sr: np.ndarray, photo: Photo, stamp: str = "") -> li
 
 
 def bicubic(image: np.ndarray, scale: float) -> np.ndarray:
-    """Resizes an image as Pillow does, antialiased when it shrinks.
+    """Resizes an image by Pillow's bicubic interpolation, antialiased when downscaling.
 
     Args:
         image: `(H, W, 3)` uint8, RGB.
-        scale: 4, or 1/4, for which rows and columns beyond a multiple of 4 are left out.
+        scale: 4, or 1/4, which drops rows and columns beyond a multiple of 4.
     """
     step = max(1, round(1 / scale))
     height, width = (length // step * step for length in image.shape[:2])
@@ -370,12 +370,12 @@ def bicubic(image: np.ndarray, scale: float) -> np.ndarray:
 
 
 def repeat(image: np.ndarray, scale: int) -> np.ndarray:
-    """Returns an image, or edges, at `scale` times the size, each pixel a block."""
+    """Returns an image, or edges, enlarged `scale` times by nearest neighbour."""
     return image.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def canny(image: np.ndarray) -> np.ndarray:
-    """Returns Canny edges of the grey image, sigma 2, as scikit-image computes them.
+    """Returns scikit-image's Canny edges of the grey image, sigma 2.
 
     Args:
         image: `(H, W, 3)` uint8, RGB.

@@ -1,6 +1,6 @@
-"""From an LR image to its HR edges and its HR image, in windows, whatever its size.
+"""From an LR image of any size to its HR edges and its HR image, window by window.
 
-A window is computed with a halo of its surroundings, which is then cut off, so that windows meet
+A window is computed with a halo of its surroundings, which is then cropped, so that windows meet
 without seams. Memory depends on the windows; of the image itself only 8-bit copies are kept.
 """
 
@@ -25,18 +25,18 @@ from pipeline import OnProgress
 from tiles import full_area, grow, scaled, shape_of, windows, within
 
 EDGE_HALO, TRUNK_HALO, RENDER_HALO = 12, 16, 4  # LR pixels around a window
-SMALLEST_SIDE = 3  # LR pixels that the edge generator needs, to reflect two of them
-EDGE_SHARE = 0.28  # of the multiply-adds of both generators
-BYTES_PER_PIXEL = 21_000  # of a window at LR size in two-byte precision; 6.9 GiB at 600 x 600
+SMALLEST_SIDE = 3  # LR pixels that the edge generator needs, as it reflects two of them
+EDGE_SHARE = 0.28  # the edge generator's share of the multiply-adds of both generators
+BYTES_PER_PIXEL = 21_000  # per LR pixel of a window, in 16-bit precision; 6.9 GiB at 600 x 600
 LARGEST_WINDOW, SMALLEST_WINDOW = 1024, 24
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Sides of the windows in LR pixels, those of rendering lying within those of the trunk.
+    """Sides of the windows in LR pixels; `render` windows lie within `trunk` windows.
 
-    The trunk looks far but costs little, rendering the reverse. The defaults keep a CPU's caches
-    busy.
+    The trunk has a large receptive field but costs little; rendering is the reverse. The defaults
+    suit a CPU's caches.
     """
 
     edges: int = 120
@@ -45,7 +45,7 @@ class Windows:
 
     @classmethod
     def of(cls, device: Device) -> "Windows":
-        """Returns the windows that suit a device: on a GPU, what half of its free memory holds."""
+        """Returns suitable windows for a device: on a GPU, what fits into half of free memory."""
         if device.torch_device.type != "cuda":
             return cls()
         free, _ = torch.cuda.mem_get_info(device.torch_device)
@@ -57,7 +57,7 @@ class Windows:
         """Returns windows of half the side.
 
         Raises:
-            MemoryError: they are as small as can be.
+            MemoryError: they are already the smallest.
         """
         if self.render <= SMALLEST_WINDOW:
             raise MemoryError(
@@ -68,11 +68,11 @@ class Windows:
 
 
 class Enlarger:
-    """The whole of Edge.SRGAN: image in, image out.
+    """All of Edge.SRGAN: image in, image out.
 
     Args:
         generator: a `Generator`, or an `SRResNet`, which needs no edges; None: edges only.
-        edge_generator: needed for a `Generator` unless it is given edges.
+        edge_generator: required by a `Generator` unless it is given edges.
         digest: of the weights, their shares and the precision, for the stamps of results.
     """
 
@@ -90,13 +90,13 @@ class Enlarger:
 
     @classmethod
     def load(cls, shares: dict[Path, float], edge_generator: Path, device: Device) -> "Enlarger":
-        """Returns the enlarger with the networks of weight files, the edges' only if needed.
+        """Returns an enlarger with networks from weight files; loads the edge generator if needed.
 
         Args:
-            shares: of the generators, for `weights.interpolate`; none for edges only.
+            shares: of the generators, for `weights.interpolate`; empty for edges only.
 
         Raises:
-            UserError: a file that is needed is not there, or holds another network.
+            UserError: a required file is missing, or holds another network.
         """
         network = weights.interpolate(shares) if shares else None
         edges, paths = None, list(shares)
@@ -112,15 +112,15 @@ class Enlarger:
         edges: np.ndarray | None = None,
         on_progress: OnProgress = lambda _: None,
     ) -> np.ndarray:
-        """Returns the HR image of an LR image, `(4H, 4W, 3)` uint8, RGB; a grey one's is grey.
+        """Returns the HR image of an LR image, `(4H, 4W, 3)` uint8, RGB; grey stays grey.
 
         Args:
             lr: `(H, W, 3)` uint8, RGB.
-            edges: HR edges to use, not predicted ones, `(4H, 4W)` or larger, uint8 in [0, 255].
-            on_progress: called after every window with the fraction of the work it was.
+            edges: HR edges to use instead of predicted ones, `(4H, 4W)` or larger, uint8.
+            on_progress: called after every window with its fraction of the work.
 
         Raises:
-            MemoryError: memory does not suffice for the smallest windows.
+            MemoryError: there is not enough memory for the smallest windows.
         """
         edge_share = EDGE_SHARE if self.edge_generator and edges is None else 0.0
         if edge_share:
@@ -139,7 +139,7 @@ class Enlarger:
     def _retry_in_smaller_windows(
         self, work: Callable[..., np.ndarray], *arguments: object
     ) -> np.ndarray:
-        """Returns what `work` makes of its arguments, in smaller windows where memory runs out."""
+        """Returns the result of `work`, retrying in smaller windows if memory runs out."""
         while True:
             try:
                 return work(*arguments)
@@ -149,7 +149,7 @@ class Enlarger:
                 self.windows = self.windows.smaller()
             finally:
                 release_freed_memory()
-            torch.cuda.empty_cache()  # not before the error has let its tensors go
+            torch.cuda.empty_cache()  # only now that the error has released its tensors
 
     @torch.inference_mode()
     def _predict_edges(self, lr: np.ndarray, on_progress: OnProgress) -> np.ndarray:

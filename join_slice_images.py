@@ -2,7 +2,7 @@
 
     python join_slice_images.py [--root DIR] [--threads N]
 
-The tiles in TestSet/600px/output move into `output/{id}/`, the joined image is
+The tiles in TestSet/600px/output are moved into `output/{id}/`; the joined image is
 `output/final/candidate_{id}.png`. Neighbouring tiles are cross-faded where they overlap. What
 tiles cannot hold (transparency, colour profile, EXIF data) comes from the LR image.
 """
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def join_image(job: Job, joined: Path, unjoined: dict[tiles.Position, Path]) -> list[str]:
-    """Joins one image: tiles not joined yet, which move to the folder `joined`, and those in it.
+    """Joins one image's `unjoined` tiles, which then move to the folder `joined`, and those in it.
 
     Returns:
-        A note on everything that the result cannot carry, and on tiles of another program.
+        Notes on everything that the result cannot carry, and on tiles from another program.
     """
     found, lr = tiles.find_tiles(joined).get(job.name, {}) | unjoined, job.source
     grid = tiles.Grid.of_tiles(lr, found, TEST_AGAIN, tiles.SCALE)

@@ -1,7 +1,7 @@
-"""Every loss term of every training, and its weight.
+"""Every loss term of every stage, and its weight.
 
 Images `sr` and `hr`, generated and ground truth, are (N, 3, H, W) in [0, 1], float32; a
-discriminator's answers `on_sr` and `on_hr` are (N,) logits.
+discriminator's outputs `on_sr` and `on_hr` are (N,) logits.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from tiles import SCALE
 
 # Edge generator: Edge-Informed SISR, section 3.1 ----------------------------------------------
 
-EDGE_WEIGHT = 4  # of an edge pixel in the cross-entropy: edges are few
+EDGE_WEIGHT = 4  # of edge pixels in the cross-entropy, as they are few
 FEATURE_MATCHING_WEIGHT = 10
 
 
 def edge_cross_entropy(logits: Tensor, hr_edges: Tensor) -> Tensor:
-    """Returns binary cross-entropy; missing an edge weighs `EDGE_WEIGHT` times inventing one.
+    """Returns binary cross-entropy; a missed edge costs `EDGE_WEIGHT` times as much as a false one.
 
     Args:
         logits: of the predicted edges, (N, 1, H, W).
@@ -36,17 +36,17 @@ def edge_cross_entropy(logits: Tensor, hr_edges: Tensor) -> Tensor:
 
 
 def hinge_generator(score: Tensor) -> Tensor:
-    """Returns the adversarial term of the edge generator, of the scores of its edges."""
+    """Returns the adversarial term of the edge generator, from the scores of its edges."""
     return -score.mean()
 
 
 def hinge_discriminator(on_hr: Tensor, on_predicted: Tensor) -> Tensor:
-    """Returns the loss of the edge discriminator, of its scores."""
+    """Returns the loss of the edge discriminator, from its scores."""
     return (F.relu(1 - on_hr).mean() + F.relu(1 + on_predicted).mean()) / 2
 
 
 def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tensor:
-    """Returns L1 between the discriminator's features of predicted and Canny's edges, weighted."""
+    """Returns weighted L1 between the discriminator's features of predicted and true edges."""
     pairs = zip(features, hr_features, strict=True)
     return FEATURE_MATCHING_WEIGHT * sum(F.l1_loss(a.float(), b.detach().float()) for a, b in pairs)
 
@@ -54,17 +54,17 @@ def feature_matching(features: list[Tensor], hr_features: list[Tensor]) -> Tenso
 # HR generator: Edge.SRGAN ---------------------------------------------------------------------
 
 PERCEPTUAL_WEIGHT, ADVERSARIAL_WEIGHT = 0.006, 1e-3
-# Of `texture_terms`: ESRGAN's sum, weighed by the gradients its terms send to the image here.
+# For `texture_terms`: ESRGAN's sum, with weights set by the gradients its terms send to the image.
 TEXTURE_L1_WEIGHT, TEXTURE_WEIGHT, TEXTURE_ADVERSARIAL_WEIGHT = 10, 0.5, 0.05
 SPECTRUM_WEIGHT, SUBPIXEL_WEIGHT = 80, 1000
-WINDOW = 32  # pixels a side, of which spectra and means are taken
-RANGE = 2  # the original's losses are of images in [-1, 1]: differences are twice ours
+WINDOW = 32  # side in pixels of the windows for spectra and means
+RANGE = 2  # the original's losses are on images in [-1, 1], where differences are twice ours
 
 real_or_fake = F.binary_cross_entropy_with_logits
 
 
 def squared_error(sr: Tensor, hr: Tensor) -> Tensor:
-    """Returns the mean squared error on the original's scale, of images in [0, 1]."""
+    """Returns the mean squared error of images in [0, 1], on the original's scale."""
     return RANGE**2 * F.mse_loss(sr, hr)
 
 
@@ -92,10 +92,10 @@ def texture_terms(
 
 
 def spectral_distance(sr: Tensor, hr: Tensor) -> Tensor:
-    """Returns L1 between amplitudes of the spectra of windows (Fuoli et al., arXiv 2106.00783).
+    """Returns L1 between the amplitude spectra of windows (Fuoli et al., arXiv 2106.00783).
 
-    They tell how much texture of which frequency there is, not where: a generator that cannot know
-    the latter is still to paint the former, and no hatching of its own.
+    Amplitudes tell how much texture there is at each frequency, but not where: the generator, which
+    cannot know where, must still produce that much, and no hatching.
     """
     line = torch.hann_window(WINDOW, device=sr.device)
 
@@ -107,10 +107,10 @@ def spectral_distance(sr: Tensor, hr: Tensor) -> Tensor:
 
 
 def subpixel_means(sr: Tensor, hr: Tensor) -> Tensor:
-    """Returns the mean square of what is the same all over and should not be: grid, colours.
+    """Returns the mean square of errors that repeat everywhere: a grid, a colour cast.
 
     Each of the 16 sub-pixels that the generator makes of an LR pixel is averaged over windows:
-    texture vanishes in those means, a checkerboard or a cast of colour remains.
+    texture cancels out in these means, a checkerboard or a colour cast remains.
     """
     subpixels = F.pixel_unshuffle(sr - hr, SCALE)  # (N, 48, H / 4, W / 4)
     return F.avg_pool2d(subpixels, WINDOW // SCALE).square().mean()
@@ -119,7 +119,7 @@ def subpixel_means(sr: Tensor, hr: Tensor) -> Tensor:
 def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
     """Returns ESRGAN's relativistic average loss (eq. 1 and 2).
 
-    It asks for one side to look more real than the mean of the other. The discriminator's takes
+    One side has to look more real than the mean of the other. The discriminator's loss takes
     (HR, SR), the generator's (SR, HR).
     """
     above, below = more_real - less_real.mean(), less_real - more_real.mean()
@@ -128,10 +128,10 @@ def relativistic(more_real: Tensor, less_real: Tensor) -> Tensor:
 
 
 def discriminator_loss(on_hr: Tensor, on_sr: Tensor, softness: Tensor) -> Tensor:
-    """Returns binary cross-entropy against soft labels: true in [0.7, 1], generated in [0, 0.3].
+    """Returns binary cross-entropy against soft labels: real in [0.7, 1], generated in [0, 0.3].
 
     Args:
-        softness: (N, 2) random numbers in [0, 1), one for every label.
+        softness: (N, 2) random numbers in [0, 1), one per label.
     """
     hr_label, sr_label = 1 - 0.3 * softness[:, 0], 0.3 * softness[:, 1]
     return real_or_fake(on_hr, hr_label) + real_or_fake(on_sr, sr_label)
@@ -141,13 +141,13 @@ RELU1_2, RELU2_2, RELU3_1 = 3, 8, 11  # layers of VGG19
 
 
 class PerceptualLoss(nn.Module):
-    """Difference of VGG19's features, squared error at relu3_1 by default.
+    """Distance between VGG19 features, squared error at relu3_1 by default.
 
     Args:
-        state: of `vgg_state`.
-        layers: whose differences are summed (Ledig et al., section 2.2.1, has one).
-        distance: of two tensors of features.
-        smooth: pool without aliasing, by `L2Pool`.
+        state: from `vgg_state`.
+        layers: layers whose distances are summed (Ledig et al., section 2.2.1, use one).
+        distance: of two feature tensors.
+        smooth: pool without aliasing, with `L2Pool`.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ def vgg_state(path: Path | None) -> dict[str, Tensor]:
     """Returns the weights of VGG19's first five convolutions, by their names in `features`.
 
     Args:
-        path: a file that holds them, named as torchvision names them; None has torchvision take
-            its own from the folder TORCH_HOME, where it downloads them to.
+        path: a file with them under torchvision's names; None: torchvision's own, downloaded to
+            the folder TORCH_HOME if necessary.
     """
     if path is None:
         published = torchvision.models.VGG19_Weights.IMAGENET1K_V1

@@ -1,6 +1,6 @@
-"""Step 2: trains Edge.SRGAN and makes HR tiles, or whole images, with it.
+"""Step 2: trains Edge.SRGAN, and upscales images with it, whole or as HR tiles.
 
-python main.py                          # runs what the last lines leave uncommented
+python main.py                          # runs the last lines that are uncommented
 python main.py upscale holiday.jpg      # runs one command, with options
 python main.py train --resume
 torchrun --nproc-per-node=2 main.py train
@@ -41,7 +41,7 @@ fraction = console.option(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def command(work: Callable[[Namespace], None]) -> Callable[..., None]:
-    """Makes a function of parsed options a command, which Python code can call as well.
+    """Makes a function of parsed options a command that Python code can call as well.
 
     `test()`, `test(fast=True)`, `upscale("holiday.jpg", output="large")`: as on a command line.
     """
@@ -83,7 +83,7 @@ def train(options: Namespace) -> None:
 
 
 def train_stages(options: Namespace, names: list[str]) -> None:
-    """Trains a command's stages, each from the one before; the first may have `--init`."""
+    """Trains a command's stages, each from the one before; `--init` is for the first."""
     if options.steps and options.epochs:
         raise UserError("--epochs, --steps: give one or the other")
     import stages
@@ -100,8 +100,8 @@ def train_stages(options: Namespace, names: list[str]) -> None:
 
 
 def check_weights(chosen: list[type], options: Namespace) -> None:
-    """Raises UserError, before the first stage, if one lacks weights that none of them trains."""
-    trained = {""}  # what starts from no weights
+    """Raises UserError if a stage needs weights that are missing and that no earlier one trains."""
+    trained = {""}  # "": starts from random weights
     for stage_class in chosen:
         given = options.init and stage_class is chosen[0]
         start = "" if given else stage_class.starts_from
@@ -123,7 +123,7 @@ def run_networks(
     done: str,
     where: Path | str,
 ) -> None:
-    """Loads the networks and works on the images with them; without `shares`, on edges alone."""
+    """Loads the networks and runs `work` on every image; without `shares`, for edges alone."""
     from device import open_device
     from inference import Enlarger
 
@@ -170,10 +170,10 @@ def test_image(
     job: Job,
     on_progress: OnProgress,
 ) -> Finish | None:
-    """Upscales one image; what is left to do is to cut the result into tiles and write them.
+    """Upscales one image; returns a function that cuts the result into tiles and writes them.
 
-    `test` gives `options` to `hr_paths`, `run_networks` the enlarger, `for_each` the rest. Of the
-    LR tiles only the grid is used.
+    `options` to `hr_paths` are bound by `test`, `enlarger` by `run_networks`; `for_each` passes the
+    rest. Of the LR tiles only the grid is used.
     """
     pipeline.check_hr_unchanged(job.source, hr_paths.get(job.name))
     cut = lr_tiles.get(job.name, {})
@@ -213,7 +213,7 @@ def edges(options: Namespace) -> None:
 
 
 def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Finish | None:
-    """Predicts one image's edges, unless there are some; what is left to do is to write them."""
+    """Predicts one image's edges unless they exist; returns a function that writes them."""
     if job.target.exists():
         pipeline.check_source(job.target, job.source, "delete it")
         return None
@@ -223,7 +223,7 @@ def predict_edges(enlarger: "Enlarger", job: Job, on_progress: OnProgress) -> Fi
 
 
 def stamp_of(lr: Path, weights: str, edges: Path | None = None, grid: str = "") -> Stamp:
-    """Returns what a result is made from, `edges` being a file of edges to use, if any.
+    """Returns the stamp of a result; `edges` is a file of edges to use, if any.
 
     Raises:
         ImageError: the edges are missing, or were predicted from an older LR image.
@@ -239,7 +239,7 @@ def read_edges(path: Path, lr: np.ndarray) -> np.ndarray:
     """Returns the HR edges for an LR image, `(4H, 4W)` uint8, from a file.
 
     Raises:
-        ImageError: the file cannot be read, or is not of the HR image's size.
+        ImageError: the file cannot be read, or is not the size of the HR image.
     """
     edges, wanted = images.read_image(path)[..., 0], tuple(SCALE * side for side in lr.shape[:2])
     if edges.shape != wanted:
@@ -267,7 +267,7 @@ def upscale(options: Namespace) -> None:
 def upscale_image(
     options: Namespace, enlarger: "Enlarger", job: Job, on_progress: OnProgress
 ) -> Finish | None:
-    """Upscales one image unless its result is there; what is left to do is to write it."""
+    """Upscales one image unless its result exists; returns a function that writes it."""
     sheet = job.target.with_name(f"{job.target.stem}_preview.png")
     targets = [job.target, sheet] if options.preview else [job.target]
     stamp = stamp_of(job.source, enlarger.digest, options.edges)
@@ -325,7 +325,7 @@ def evaluate(options: Namespace) -> None:
 def evaluate_image(
     hr: dict[str, Path], rows: dict[str, dict], device: "Device", job: Job, _: OnProgress
 ) -> Finish:
-    """Finds the metrics of one image and of the bicubic one, if all files are current."""
+    """Computes the metrics of one image and of the bicubic one, if all files are current."""
     import metrics
 
     unjoined = job.target.parent.parent / tiles.tile_name(job.name, 1, 1)
@@ -390,11 +390,11 @@ def parser_of(name: str, is_help: bool = False) -> console.Parser:
 
 
 def add_training_options(add: Callable[..., object], names: list[str], is_help: bool) -> None:
-    """Adds what the training commands take; the help shows the stages' own values."""
-    # A crop is at least as large as SSIM and Canny reach.
+    """Adds the options of the training commands; the help shows the stages' own values."""
+    # SSIM and Canny need crops of at least this size.
     crop = console.option(int, "a whole number of 8 or more", lambda n: n >= 8)
     seed = console.option(int, "a whole number below 2^63", lambda n: 0 <= n < 2**63)
-    own = partial(recipe_values, names) if is_help else str  # which needs PyTorch
+    own = partial(recipe_values, names) if is_help else str  # the former needs PyTorch
     add("--stage", choices=names, help="train this stage only")
     add("--resume", action="store_true", help="continue the last run")
     add("--accept-changes", action="store_true", help="with --resume: continue with other settings")
@@ -424,7 +424,7 @@ def recipe_values(names: list[str], field: str) -> str:
 
 
 def run(argv: list[str]) -> None:
-    """Runs the command that a command line names."""
+    """Runs the command named by a command line."""
     name, *rest = argv
     if name in ("-h", "--help"):
         console.info(f"{__doc__ or ''}\nCommands; COMMAND --help shows their options:\n")

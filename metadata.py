@@ -1,6 +1,6 @@
-"""What image files hold besides pixels: EXIF, XMP, texts, resolution, and our stamp.
+"""What image files hold besides pixels: EXIF, XMP, text chunks, resolution, and our stamp.
 
-Pillow's parsers raise nearly anything over damaged files: `images` calls what reads, and knows.
+Pillow's parsers raise nearly any exception on damaged files; the callers in `images` handle that.
 """
 
 import re
@@ -11,19 +11,19 @@ from PIL import Image
 from PIL.ExifTags import IFD
 from PIL.ExifTags import Base as Tag
 
-STAMP = Tag.ImageHistory  # of EXIF, which every format that is written has
+STAMP = Tag.ImageHistory  # of EXIF, which all output formats support
 PHOTOSHOP_IPTC = 0x0404
-# What tells about the image, not how its file was laid out.
+# Tags that describe the image, not the layout of its file.
 KEPT_TAGS = {Tag.ImageDescription, Tag.Make, Tag.Model, Tag.Software, Tag.DateTime, Tag.Artist}
 KEPT_TAGS |= {Tag.HostComputer, Tag.Rating, Tag.RatingPercent, Tag.Copyright, IFD.Exif, IFD.GPSInfo}
 KEPT_TAGS |= {Tag.XPTitle, Tag.XPComment, Tag.XPAuthor, Tag.XPKeywords, Tag.XPSubject}
 PNG_XMP = "XML:com.adobe.xmp"
-# Gamma, about; x and y of white, red, green and blue.
+# Approximate gamma; x and y of white, red, green and blue.
 SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
 def exif_of(image: Image.Image) -> Image.Exif:
-    """Returns EXIF tags alone: Pillow adds the orientation that XMP tells."""
+    """Returns the EXIF tags alone; Pillow's `getexif` would add the orientation given by XMP."""
     if image.format == "TIFF":
         return image.getexif()
     exif = Image.Exif()
@@ -32,7 +32,7 @@ def exif_of(image: Image.Image) -> Image.Exif:
 
 
 def kept_exif(image: Image.Image) -> Image.Exif | None:
-    """Returns the tags that are to come back with a result; None without any."""
+    """Returns the tags to keep in a result; None if there are none."""
     exif, kept = exif_of(image), Image.Exif()
     kept.endian = exif.endian
     for tag in KEPT_TAGS & set(exif):
@@ -42,18 +42,18 @@ def kept_exif(image: Image.Image) -> Image.Exif | None:
             found.pop(IFD.Interop, None)  # an offset
             kept.get_ifd(tag).update({key: _as_bytes(value) for key, value in found.items()})
             kept[tag] = kept.get_ifd(tag)
-    kept.tobytes()  # or raise here, not when all is computed
+    kept.tobytes()  # raises here rather than after the image has been upscaled
     return kept if len(kept) else None
 
 
 def _as_bytes(value: object) -> object:
-    """Returns text as the bytes it was: Pillow reads Latin-1 but writes ASCII."""
+    """Returns text as its original bytes: Pillow reads Latin-1 but writes ASCII."""
     odd = isinstance(value, str) and not value.isascii()
     return value.encode("latin-1", "replace") if odd else value
 
 
 def result_exif(kept: Image.Exif | None, size: tuple[int, int], stamp: str) -> Image.Exif:
-    """Returns the EXIF tags of a result: what is kept, its width and height, and its stamp."""
+    """Returns the EXIF tags of a result: those kept, its width and height, and its stamp."""
     exif = deepcopy(kept) or Image.Exif()
     if IFD.Exif in exif:
         exif[IFD.Exif] |= {Tag.ExifImageWidth: size[0], Tag.ExifImageHeight: size[1]}
@@ -63,17 +63,17 @@ def result_exif(kept: Image.Exif | None, size: tuple[int, int], stamp: str) -> I
 
 
 def kept_xmp(image: Image.Image) -> bytes | None:
-    """Returns the XMP packet, its orientation that of the upright image."""
+    """Returns the XMP packet, with the orientation of the upright image."""
     xmp = image.info.get("xmp")
-    if not isinstance(xmp, bytes):  # of a damaged TIFF
+    if not isinstance(xmp, bytes):  # none, or from a damaged TIFF
         return None
     return re.sub(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)[2-8]""", rb"\g<1>1", xmp)
 
 
 def take_texts(image: Image.Image) -> dict[str, str]:
-    """Returns a PNG's texts by keyword.
+    """Returns a PNG's text chunks by keyword.
 
-    Takes them out of Pillow's dictionary, where a text "gamma" would stand for a gamma.
+    Removes them from Pillow's dictionary, where a text "gamma" would be taken for the gamma.
     """
     keys = [key for key, value in image.info.items() if isinstance(value, str)]
     texts = {key: image.info.pop(key) for key in keys}
@@ -82,9 +82,9 @@ def take_texts(image: Image.Image) -> dict[str, str]:
 
 
 def left_out(image: Image.Image) -> list[str]:
-    """Returns notes on what an image has, and results cannot have; to be called after `take_texts`.
+    """Returns notes on what an image has but results cannot keep; call it after `take_texts`.
 
-    Of a PNG's colours only what differs from sRGB, and what no profile overrules.
+    Gamma and primaries count only if they differ from sRGB's and no profile overrides them.
     """
     notes, info = [], image.info
     if Tag.IPTCNAA in getattr(image, "tag_v2", {}) or PHOTOSHOP_IPTC in info.get("photoshop", {}):
@@ -99,7 +99,7 @@ def left_out(image: Image.Image) -> list[str]:
 
 
 def dpi_of(image: Image.Image) -> tuple[float, float] | None:
-    """Returns the horizontal and the vertical resolution, 1 of which means none, up to 65535."""
+    """Returns horizontal and vertical resolution, up to 65535; None if missing, or 1 (unknown)."""
     match image.info.get("dpi"):
         case (Real() as x, Real() as y) if 1 < x <= 65535 and 1 < y <= 65535:
             return float(x), float(y)

@@ -1,4 +1,4 @@
-"""Metrics of images and of edges, and the one table they are printed in."""
+"""Metrics of images and of edges, and the table in which they are printed."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ import images
 from device import Device, to_tensor
 from tiles import SCALE
 
-STRIP = 256  # rows at a time, so that memory does not grow with the image
+STRIP = 256  # rows at a time, which bounds memory
 
 Metrics = dict[str, float]
 
@@ -61,7 +61,7 @@ def precision_recall(edges: Tensor, hr_edges: Tensor, tolerance: int = 0) -> tup
 
     Args:
         edges, hr_edges: predicted and ground truth, (N, 1, H, W) in [0, 1].
-        tolerance: pixels by which an edge may be missed and still count as hit.
+        tolerance: pixels by which an edge may be off and still count as a hit.
     """
     edges, hr_edges = (edges > 0.5).float(), (hr_edges > 0.5).float()
     near = nn.MaxPool2d(2 * tolerance + 1, stride=1, padding=tolerance)
@@ -101,7 +101,7 @@ def by_strips(
 
     Args:
         metric: of two tensors in [0, 1].
-        reach: how many rows fewer than pixel rows the metric is a mean over.
+        reach: rows by which the map that the metric averages is smaller than the image.
     """
     height, total = len(a) - reach, 0.0
     if height < 1 or a.shape[1] <= reach:
@@ -122,7 +122,7 @@ def compare_edges(
     Args:
         edges: predicted, `(4H, 4W)` uint8.
         hr_edges: ground truth, `(4H, 4W)` uint8 in {0, 255}; surplus rows and columns are left out.
-        tolerance: pixels by which an edge may be missed.
+        tolerance: as in `precision_recall`.
     """
     hr_edges = hr_edges[: edges.shape[0], : edges.shape[1]]
     pair = (device.send(to_tensor(each)) for each in (edges, hr_edges))
@@ -132,7 +132,7 @@ def compare_edges(
 
 
 def against_bicubic(lr: np.ndarray, hr: np.ndarray, sr: np.ndarray, device: Device) -> Metrics:
-    """Returns the metrics of a generated image and, beside them, those of the bicubic one.
+    """Returns the metrics of a generated image, and those of the bicubic one.
 
     Args:
         lr, hr, sr: `(H, W, 3)`, `(4H, 4W, 3)`, `(4H, 4W, 3)`, uint8, RGB.
@@ -142,12 +142,12 @@ def against_bicubic(lr: np.ndarray, hr: np.ndarray, sr: np.ndarray, device: Devi
 
 
 def mean_of(rows: list[Metrics] | list[dict[str, Tensor]]) -> Metrics:
-    """Returns each metric's mean; scalar tensors are added up where they are."""
+    """Returns each metric's mean; scalar tensors are summed on their device."""
     return {key: float(sum(row[key] for row in rows)) / len(rows) for key in rows[0]}
 
 
 def write_csv(path: Path, rows: list[tuple[str, Metrics]]) -> None:
-    """Writes titles and metrics as a CSV file, a row each."""
+    """Writes titles and metrics as a CSV file, one row each."""
     text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     with files.replacing(path) as temporary, temporary.open("w", **text) as file:
         writer = csv.DictWriter(file, ["image", *rows[-1][1]])
@@ -156,7 +156,7 @@ def write_csv(path: Path, rows: list[tuple[str, Metrics]]) -> None:
 
 
 def print_table(rows: list[tuple[str, Metrics]]) -> None:
-    """Prints titles and metrics, a row each, above a bar if there is one."""
+    """Prints titles and metrics, one row each, above any progress bar."""
     columns = list(rows[0][1])
     width = max(len(title) for title, _ in rows)
     console.info(" ".join([" " * width, *(f"{key:>{max(9, len(key))}}" for key in columns)]))

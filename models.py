@@ -1,4 +1,4 @@
-"""The four networks of Edge.SRGAN, and the SRResNet they start from.
+"""The four networks of Edge.SRGAN, and the SRResNet that its HR generator starts from.
 
 Edge generator and discriminator: Nazeri et al., Edge-Informed Single Image Super-Resolution,
 arXiv 1909.05305, section 3.1. HR generator and discriminator: Ledig et al., SRGAN,
@@ -23,9 +23,9 @@ from tiles import SCALE
 
 
 class FewChannelConv(nn.Conv2d):
-    """A large convolution to very few channels, which CPUs do badly, in two steps.
+    """A large convolution to very few channels, which is slow on CPUs, in two steps.
 
-    First every column of the kernel by itself, to its own channel; then the columns' sum.
+    First every column of the kernel separately, each into its own channel; then their sum.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class FewChannelConv(nn.Conv2d):
 
 
 class PReLU(nn.PReLU):
-    """PReLU with a single slope; on CPUs PyTorch's own is slow backwards."""
+    """PReLU with a single slope; PyTorch's own has a slow backward pass on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -47,16 +47,16 @@ class PReLU(nn.PReLU):
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """Every channel of every image to mean 0 and variance 1."""
+    """Normalises every channel of every image to mean 0 and variance 1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1:  # then it is batch norm, which PyTorch has a faster kernel for
+        if len(x) == 1:  # equal to batch norm, for which PyTorch has a faster kernel
             return F.batch_norm(x, None, None, training=True, eps=self.eps)
         return super().forward(x)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes that train, on any device."""
+    """Batch norm over the batches of all training processes, on any device."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
@@ -79,7 +79,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def normalised(conv: nn.Module) -> list[nn.Module]:
-    """Returns a convolution with spectral norm, instance norm and ReLU, as its paper has them."""
+    """Returns a convolution with spectral norm, then instance norm and ReLU, as in the paper."""
     return [spectral_norm(conv), InstanceNorm(conv.out_channels), nn.ReLU(inplace=True)]
 
 
@@ -160,7 +160,7 @@ class EdgeDiscriminator(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, norm, PReLU, convolution, norm, identity added; starts as the identity."""
+    """Convolution, norm, PReLU, convolution, norm, skip connection; initially the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class ResidualBlock(nn.Module):
 
 
 class UpsamplingBlock(nn.Module):
-    """Twice the height and width by sub-pixel convolution (Shi et al., arXiv 1609.05158)."""
+    """Doubles height and width by sub-pixel convolution (Shi et al., arXiv 1609.05158)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -209,11 +209,11 @@ class SRResNet(nn.Module):
         return first + self.bn2(self.conv2(self.residual_blocks(first)))
 
     def render(self, features: Tensor) -> Tensor:
-        """Returns the HR image, float32, of the trunk's features: the part at HR size."""
+        """Returns the HR image, float32, from the trunk's features: the part at HR size."""
         return self.head(self.upsample2(self.upsample1(features)))
 
     def head(self, x: Tensor) -> Tensor:
-        """Returns the image of the last features, by way of tanh's [-1, 1]."""
+        """Returns the image in [0, 1] from the last features, by way of tanh's [-1, 1]."""
         return (torch.tanh(self.conv5(x).float()) + 1) / 2
 
     def forward(self, lr: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ class SRResNet(nn.Module):
 
 
 class Generator(SRResNet):
-    """The HR generator of Edge.SRGAN: SRResNet's features meet the HR edges at HR size.
+    """The HR generator of Edge.SRGAN: SRResNet's features are joined with HR edges at HR size.
 
     Args:
-        width: channels before the edges come in, half of those after.
+        width: channels before the edges are added; there are twice as many after.
         blocks: residual blocks at LR size; a quarter as many follow at HR size.
     """
 
@@ -239,7 +239,7 @@ class Generator(SRResNet):
         self.conv5 = FewChannelConv(2 * width, 3, 9, padding=4)
 
     def render(self, features: Tensor, hr_edges: Tensor) -> Tensor:
-        """Returns the HR image, float32, of the trunk's features and the HR edges."""
+        """Returns the HR image, float32, from the trunk's features and the HR edges."""
         x = self.upsample2(self.upsample1(features))
         x = torch.cat([x, (2 * hr_edges - 1).to(x.dtype)], dim=1)
         first = self.prelu(self.conv3(x))
@@ -250,16 +250,16 @@ class Generator(SRResNet):
 
     @property
     def trunk_layers(self) -> list[nn.Module]:
-        """Returns the layers before the edges, but the PReLU, which is also the edge stage's."""
+        """Returns the layers before the edges, except the PReLU, which the edge stage shares."""
         lr_layers = [self.conv1, self.residual_blocks, self.conv2, self.bn2]
         return [*lr_layers, self.upsample1, self.upsample2]
 
     @classmethod
     def from_trunk(cls, srresnet: SRResNet) -> "Generator":
-        """Returns a generator that starts out making the SRResNet's images, whatever the edges.
+        """Returns a generator that initially gives the SRResNet's images, whatever the edges.
 
         The edge stage starts with the features and their negatives. PReLU p of slope a has
-        p(x) - p(-x) = (1 + a) x, so the last convolution gets back what the SRResNet's had.
+        p(x) - p(-x) = (1 + a) x, so the last convolution can recover the SRResNet's features.
         """
         generator = cls(**srresnet.arguments)
         shared = {k: v for k, v in srresnet.state_dict().items() if not k.startswith("conv5.")}
@@ -286,7 +286,7 @@ class Discriminator(nn.Module):
         for i, (into, out) in enumerate(pairwise(channels)):
             conv = nn.Conv2d(into, out, 3, stride=2 - i % 2, padding=1)
             layers += [conv, SyncBatchNorm(out), nn.SiLU()]
-        # the original pads this 1 x 1 convolution: a border equal to the bias enters the mean
+        # the original pads this 1 x 1 convolution, so that a border of biases enters the mean
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 1, padding=1))
 
     def forward(self, hr: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one loop over images that every command shares, and what each result was made from."""
+"""The loop over images that all commands share, and stamps of what results were made from."""
 
 import time
 from collections import Counter, deque
@@ -46,22 +46,22 @@ def for_each(
     threads: int = 1,
     device: "Device | None" = None,
 ) -> None:
-    """Works on images one after the other; one that fails costs that image only.
+    """Processes images one after the other; an image that fails is skipped.
 
-    Under torchrun the processes share the images out.
+    Under torchrun, the images are divided among the processes.
 
     Args:
-        work: makes a result and returns what is left to do, such as writing it: a function that
-            a thread calls while the next image is worked on, and that returns notes to print.
-            None if the result is there already. Its second argument is to be called with
-            the fraction of the work that was done.
+        work: makes a result and returns a function that finishes it, such as by writing it, and
+            returns notes to print; a thread calls it while the next image is being processed.
+            None if the result exists already. The second argument of `work` is a function to
+            call with the fraction of the work that was done.
         done: the verb of the report, such as "Upscaled".
-        where: what to look at.
-        problems: a line for each file that was skipped before.
-        threads: how many finish results at the same time.
+        where: the output to name in the report.
+        problems: a line for each file that was skipped earlier.
+        threads: how many threads finish results.
 
     Raises:
-        StorageError: nothing can be written.
+        StorageError: results cannot be written.
     """
     rank, world = (device.rank, device.world) if device else (0, 1)
     start, counts, waiting = time.monotonic(), Counter(), deque[tuple[Job, Future]]()
@@ -76,7 +76,7 @@ def for_each(
                     waiting.append((job, pool.submit(finish)))
                 else:
                     counts["up to date"] += 1
-            while len(waiting) > (threads if number < len(mine) else 0):  # all at the end
+            while len(waiting) > (threads if number < len(mine) else 0):  # at the end: all
                 finished, future = waiting.popleft()
                 with one_image(finished, counts):
                     for note in future.result() or ():
@@ -95,7 +95,7 @@ def for_each(
 
 @contextmanager
 def one_image(job: Job, counts: Counter) -> Iterator[None]:
-    """Skips the image if what is done within fails, for the next one may do well."""
+    """Skips the image if the block fails, as the next one may succeed."""
     try:
         yield
     except (ImageError, OSError, MemoryError) as error:
@@ -105,7 +105,7 @@ def one_image(job: Job, counts: Counter) -> Iterator[None]:
 
 
 def skip(problem: str, counts: Counter) -> None:
-    """Counts and names an image that is skipped."""
+    """Counts and reports an image that is skipped."""
     counts["skipped"] += 1
     console.warn(f"Skipped {problem}")
 
@@ -115,13 +115,13 @@ def skip(problem: str, counts: Counter) -> None:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a file was made from, by content: written into the file, in whatever format.
+    """What a file was made from, by content: written into the file, whatever its format.
 
     Attributes:
-        source: digest of the image file, of HR where slicing made LR from it; "" if unknown.
+        source: digest of the image file, or of HR if slicing made LR from it; "" if unknown.
         grid: how it was cut into tiles.
         weights: digest of the weight files, their shares, and the precision.
-        edges: digest of the file of edges that were given instead of predicted ones.
+        edges: digest of the file of edges used instead of predicted ones.
     """
 
     source: str = ""
@@ -134,11 +134,11 @@ class Stamp:
 
     @classmethod
     def read(cls, path: Path) -> "Stamp":
-        """Returns the stamp in a file; an empty one without any, or without a readable file."""
+        """Returns the stamp in a file; an empty one if there is none or the file is unreadable."""
         parts = [part.partition("=") for part in images.read_stamp(path).split()]
         try:
             return cls(**{key: value for key, _, value in parts})
-        except TypeError:  # of another version
+        except TypeError:  # from another version
             return cls()
 
     @property
@@ -148,7 +148,7 @@ class Stamp:
 
 
 def check_source(path: Path, source: Path, remedy: str) -> None:
-    """Raises ImageError if a file's stamp shows that `source` has changed since."""
+    """Raises ImageError if a file's stamp shows that `source` has changed since; says `remedy`."""
     if Stamp.read(path).source not in ("", files.digest(source)):
         raise ImageError(f"{path}: made from an older {source.name}; {remedy}")
 
@@ -160,7 +160,7 @@ def check_hr_unchanged(lr: Path, hr: Path | None) -> None:
 
 
 def check_size(hr: Path, lr: Path) -> None:
-    """Raises ImageError unless an image has `SCALE` times the size of LR, or little more."""
+    """Raises ImageError unless HR is `SCALE` times the size of LR, but for surplus pixels."""
     hr_size, lr_size = images.image_size(hr), images.image_size(lr)
     if tuple(side // tiles.SCALE for side in hr_size) != lr_size:
         raise ImageError(f"{hr}: not {tiles.SCALE} times the size of {lr}; replace one of them")
@@ -175,7 +175,7 @@ def test_jobs(root: Path, target: str = "") -> tuple[list[Job], list[str]]:
     """Returns the images in TestSet/600px, and a line for each that has to be skipped.
 
     Args:
-        target: of each in TestSet/600px/output, `{}` for its id.
+        target: path of each result in TestSet/600px/output, with `{}` for the id.
     """
     folder = root / tiles.TEST / tiles.LR
     found, problems = tiles.find_images(folder)
@@ -194,23 +194,23 @@ def upscale_jobs(
     """Returns what to upscale, and a line for each file that has to be skipped.
 
     Args:
-        given: images, patterns with * that no shell has expanded, and folders, whose images are
-            taken except for results of this program.
+        given: images, patterns with * that the shell has not expanded, and folders, all of whose
+            images are used except results of this program.
         output: file or folder of the results; None: beside the images.
-        ending: of the results' names, the suffix included.
-        recursive: sub-folders too, except hidden ones.
+        ending: of the results' names, suffix included.
+        recursive: include sub-folders, except hidden ones.
 
     Raises:
-        UserError: there is nothing to upscale, or no such format to write.
+        UserError: there is nothing to upscale, or the output format is unknown.
     """
-    sources, problems = [], []  # each image with the folder below which it was found
+    sources, problems = [], []  # each image with the folder it was found under
     for path in given:
         is_folder, named = path.is_dir(), sorted(map(Path, glob(str(path))))
         if not is_folder and (path.exists() or not named):
             sources.append((path, path.parent))
             continue
         found, foreign = tiles.select_images(tiles.walk(path, recursive) if is_folder else named)
-        found = [image for image in found if not Stamp.read(image).weights]  # no results of ours
+        found = [image for image in found if not Stamp.read(image).weights]  # not our own results
         sources += [(image, path if is_folder else image.parent) for image in found]
         problems += foreign
     if not sources and not problems:

@@ -2,8 +2,8 @@
 
     python reproduce.py --minutes 90 --root DATA [--init DIR] [--stages SRResNet,SRGAN] [--resume]
 
-Each stage gets its share of the time. A short trial measures how long it takes to start and how long
-a step takes; then its number of steps is fixed, so that its schedule, and the command that is
+Each stage gets its share of the time. A short trial measures how long it takes to start and how
+long a step takes; then its number of steps is fixed, so that its schedule, and the command that is
 printed, do not depend on the machine. Time left over by a stage goes to the next ones. Ends with
 the table of `ablation.py` if DATA/TestSet/2400px holds images.
 """
@@ -80,7 +80,7 @@ def run() -> None:
 
 
 def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list]:
-    """Returns the options of a stage's training and the command line that gives them."""
+    """Returns the options of a stage's training, and the command line they come from."""
     command = next(command for command, names in main.TRAINS.items() if name in names)
     argv = ["--stage", name, "--publish", "--root", options.root, "--crop", options.crop]
     argv += ["--held-out", options.held_out, "--ckpts", options.ckpts, "--runs", options.runs]
@@ -96,7 +96,7 @@ def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namesp
 
 
 def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> int:
-    """Returns how many steps of a stage fit into a time, by a short trial."""
+    """Returns how many steps of a stage fit into some seconds, measured by a short trial."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         ckpts = Path(folder) / "ckpts"

@@ -1,4 +1,4 @@
-"""Comparison sheets: details of images at 100 %, side by side, with captions."""
+"""Comparison sheets: crops of images at 100 %, side by side, with captions."""
 
 import cv2
 import numpy as np
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 import images
 import tiles
 
-DETAIL, GAP, CAPTION = 192, 8, 20  # pixels, which GitHub shows at 100 %
+DETAIL, GAP, CAPTION = 192, 8, 20  # pixels; GitHub shows such a sheet at 100 %
 
 Cell = tuple[str, np.ndarray]  # caption and image, `(H, W, 3)` uint8
 
@@ -22,7 +22,7 @@ def draw_sheet(rows: list[list[Cell]], centers: list[tuple[float, float]]) -> np
     """Returns a sheet with a detail of every image at 100 %, captions above.
 
     Args:
-        rows: of images of one size each.
+        rows: cells; within a row, all images have the same size.
         centers: of each row's details, as fractions of height and width.
     """
     columns = max(map(len, rows))
@@ -39,9 +39,9 @@ def draw_sheet(rows: list[list[Cell]], centers: list[tuple[float, float]]) -> np
 
 
 def draw_preview(lr: np.ndarray, sr: np.ndarray, hr_edges: np.ndarray | None) -> np.ndarray:
-    """Returns a sheet of one result: the whole image, small, and the details with most structure.
+    """Returns a sheet of one result: a thumbnail, and the details with the most structure.
 
-    Each detail as bicubic interpolation makes it, its edges if there are any, and the result.
+    Each detail is shown in bicubic interpolation, as edges if there are any, and in the result.
     """
     cells = [("bicubic", images.bicubic(lr, tiles.SCALE)), ("generated", sr)]
     if hr_edges is not None:
@@ -54,7 +54,7 @@ def draw_preview(lr: np.ndarray, sr: np.ndarray, hr_edges: np.ndarray | None) ->
 
 
 def find_details(image: np.ndarray, side: int, most: int = 3) -> list[tuple[float, float]]:
-    """Returns the centers of the squares with most structure, as fractions of height and width."""
+    """Returns the centers of the most structured squares, as fractions of height and width."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     structure = cv2.boxFilter(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), -1, (side, side))
     found = skimage.feature.peak_local_max(
@@ -64,7 +64,7 @@ def find_details(image: np.ndarray, side: int, most: int = 3) -> list[tuple[floa
 
 
 def crop_detail(image: np.ndarray, center: tuple[float, float]) -> np.ndarray:
-    """Returns the square of the sheet's size around a place, moved inside the image if need be."""
+    """Returns the `DETAIL`-sized square around a center, moved inside the image if necessary."""
     starts = [
         max(0, min(round(place * length) - DETAIL // 2, length - DETAIL))
         for place, length in zip(center, image.shape[:2], strict=True)

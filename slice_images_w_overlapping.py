@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Pair(pipeline.Job):
-    """An LR image to cut into tiles in a folder, its HR image if any, and their old tiles."""
+    """An LR image, the folder for its tiles, its HR image if any, and their old tiles."""
 
     hr: Path | None
     old: list[Path]
@@ -63,7 +63,7 @@ class Pair(pipeline.Job):
 def find_pairs(folder: Path) -> tuple[list[Pair], list[str]]:
     """Returns the pairs of a set, and a line for each image that has to be skipped.
 
-    An LR image that is still to be made has its future path here.
+    An LR image that is yet to be made is listed with its future path.
     """
     (lr, problems), (hr, twins) = (tiles.find_images(folder / size) for size in (LR, HR))
     old = [tiles.find_tiles(folder / size / TILES) for size in (LR, HR)]
@@ -85,7 +85,7 @@ def slice_pair(pair: Pair, count: int, pad: int) -> list[str]:
     """Cuts an LR image and, in the training set, its HR partner.
 
     Returns:
-        A sentence for everything in the images that tiles cannot hold.
+        Notes on everything in the images that tiles cannot hold.
     """
     if pair.hr:
         make_lr(pair.source, pair.hr)
@@ -110,9 +110,9 @@ def slice_pair(pair: Pair, count: int, pad: int) -> list[str]:
 
 
 def make_lr(lr: Path, hr: Path) -> None:
-    """Makes an LR image from HR, unless there is one of it, or one that the user brought.
+    """Makes an LR image from HR, unless it is up to date or the user's own.
 
-    HR rows and columns beyond a multiple of `SCALE` are left out, as the papers do.
+    HR rows and columns beyond a multiple of `SCALE` are dropped, as in the papers.
     """
     there, wanted = Stamp.read(lr), Stamp(files.digest(hr))
     if os.path.lexists(lr) and (there == wanted or not there.is_downscaled):

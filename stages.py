@@ -27,15 +27,15 @@ from models import Discriminator, EdgeDiscriminator, EdgeGenerator, Generator, S
 from tiles import SCALE
 
 Batch = dict[str, Tensor]
-Losses = dict[str, dict[str, Tensor]]  # of each network: its terms by name, to be summed
-Samples = dict[str, list[np.ndarray]]  # what to look at: columns of HR size, uint8, by title
+Losses = dict[str, dict[str, Tensor]]  # for each network, its loss terms by name, to be summed
+Samples = dict[str, list[np.ndarray]]  # images to log: columns of HR size, uint8, by title
 HALF_LIFE = 250_000  # batches after which `halving` halves
 
 
 def halving(step: int, recipe: "Recipe") -> float:
     """Returns the learning rate relative to its start, halved every 250 000 batches.
 
-    Where training is too short for that, the cosine's.
+    Trainings shorter than that follow `cosine`.
     """
     if recipe.steps * recipe.accumulate < HALF_LIFE:
         return cosine(step, recipe)
@@ -56,7 +56,7 @@ class Recipe:
     crops: tuple[int, int]  # smallest and largest, LR pixels a side
     batch_size: int = 8  # crops per batch in each process
     accumulate: int = 1  # batches per step
-    learning_rate: float = 4e-4  # of Adam, at its peak
+    learning_rate: float = 4e-4  # of Adam, peak value
     trunk_rate: float = 1.0  # trunk's learning rate relative to the other layers'
     betas: tuple[float, float] = (0.9, 0.99)  # of Adam
     schedule: Callable[[int, "Recipe"], float] = cosine
@@ -68,7 +68,7 @@ class Recipe:
 
 
 class Stage:
-    """What one stage trains: its networks, `gen` and perhaps `dis`, on the device.
+    """One training stage: its networks, `gen` and perhaps `dis`, on the device, and its losses.
 
     By default it trains the HR generator, without edges, on squared error.
     """
@@ -76,16 +76,16 @@ class Stage:
     recipe: Recipe
     name: ClassVar[str]  # of its runs
     publishes: ClassVar[str]  # name of its weights, mostly its own
-    kinds: ClassVar[tuple[type[nn.Module], ...]]  # of generator to start from; the first if none
+    kinds: ClassVar[tuple[type[nn.Module], ...]]  # accepted generators; a new one is of the first
     starts_from: ClassVar[str] = ""  # name of the weights it starts from unless `--init` is given
-    needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must be there
-    best_by: ClassVar[str] = "SSIM"  # metric by which weights are the best; "": the newest are
-    compared_with: ClassVar[str] = "bicubic"  # what `reference` measures
+    needs: ClassVar[tuple[str, ...]] = ()  # other networks whose weights must exist
+    best_by: ClassVar[str] = "SSIM"  # metric that selects the best weights; "": the latest are best
+    compared_with: ClassVar[str] = "bicubic"  # name of the baseline that `reference` measures
     judge_rate: ClassVar[float] = 1.0  # discriminator's learning rate relative to the generator's
-    edge_generator: EdgeGenerator | None = None  # that predicts edges, see `for_inference`
+    edge_generator: EdgeGenerator | None = None  # for predicted edges, see `for_inference`
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
-        """Makes the networks, from the weights they start from.
+        """Creates the networks from the weights they start from.
 
         Args:
             options: `init`, `ckpts` and `vgg` of the command line.
@@ -98,33 +98,33 @@ class Stage:
         self.generator = self.add("gen", self.start(options))
 
     def load(self, path: Path, *kinds: type[nn.Module]) -> nn.Module:
-        """Returns the network in a weight file, which the first process reads for all."""
+        """Returns the network in a weight file; the first process reads it for all."""
         return weights.build_network(self.device.from_first(weights.load_state, path), path, *kinds)
 
     def start(self, options: Namespace) -> nn.Module:
-        """Returns the generator that training starts from, a new one where there is none."""
+        """Returns the generator that training starts from, a new one if there are no weights."""
         weights_of = self.starts_from
         path = options.init or (weights_of and files.weight_path(options.ckpts, weights_of))
         return self.load(path, *self.kinds) if path else self.kinds[0]()
 
     def add(self, key: str, network: nn.Module) -> nn.Module:
-        """Makes a network one of the stage's own; returns it."""
+        """Registers a network as one that the stage trains; returns it."""
         self.networks[key] = self.device.place(network).train()
         return network
 
     def parameter_groups(self, key: str) -> list[dict]:
-        """Returns a network's groups for Adam, each with its `factor` of the learning rate."""
+        """Returns a network's parameter groups for Adam, each with a learning-rate `factor`."""
         trained = [each for each in self.networks[key].parameters() if each.requires_grad]
         return [{"params": trained, "factor": self.judge_rate if key == "dis" else 1.0}]
 
     def add_judges(self, options: Namespace, width: int, **perceptual: object) -> None:
-        """Adds what judges images: a discriminator, and VGG19 with arguments of its own."""
+        """Adds a discriminator of images, and the perceptual loss with the given arguments."""
         self.discriminator = self.add("dis", Discriminator(width))
         state = self.device.from_first(losses.vgg_state, options.vgg)
         self.perceptual = self.device.place(losses.PerceptualLoss(state, **perceptual))
 
     def answers(self, sr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the discriminator's logits, see `judge`, and the perceptual loss, float32."""
+        """Returns `judge`'s logits and the perceptual loss, a scalar, all float32."""
         with self.device.autocast():
             return *judge(self.discriminator, hr, sr), self.perceptual(sr, hr)
 
@@ -137,17 +137,17 @@ class Stage:
         """Returns the weighted terms of each network's loss, and scalars to log.
 
         Args:
-            batch: of `PairedTiles`, on the device, images and edges float in [0, 1].
+            batch: from `PairedTiles`, on the device, images and edges float in [0, 1].
         """
         sr = self.generate(batch)
         return {"gen": {"mse": losses.squared_error(sr, batch["hr"])}}, {}
 
     def make_enlarger(self, network: nn.Module) -> Enlarger:
-        """Returns what makes whole images with a generator, to validate it."""
+        """Returns an enlarger that makes whole images with a generator, for validation."""
         return Enlarger(network, self.edge_generator, self.device)
 
     def upscale(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
-        """Returns the HR image of an LR image, with the edges that the stage trains for."""
+        """Returns the HR image of an LR image, with the kind of edges the stage trains for."""
         return enlarger(lr)
 
     def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
@@ -159,11 +159,11 @@ class Stage:
         return self.compare(self.upscale(enlarger, lr, hr), hr)
 
     def reference(self, lr: np.ndarray, hr: np.ndarray) -> Metrics:
-        """Returns the metrics to beat: those of the LR image, or its edges, enlarged plainly."""
+        """Returns the baseline's metrics: those of the LR image, or its edges, simply enlarged."""
         return self.compare(images.bicubic(lr, SCALE), hr)
 
     def samples(self, enlarger: Enlarger, lr: np.ndarray, hr: np.ndarray) -> Samples:
-        """Returns what to look at of one LR and HR image: the image, the edges, or both."""
+        """Returns the samples to log for one LR and HR image: images, edges, or both."""
         found = {}
         if enlarger.generator:
             columns = [images.repeat(lr, SCALE), self.upscale(enlarger, lr, hr), hr]
@@ -174,7 +174,7 @@ class Stage:
         return found
 
     def better(self, found: Metrics, than: Metrics) -> bool:
-        """Returns whether weights replace others, by the metrics of both; {} is the worst."""
+        """Returns whether weights are better than others, by their metrics; {} is the worst."""
         if not self.best_by:
             return bool(found)
         return found.get(self.best_by, -math.inf) > than.get(self.best_by, -math.inf)
@@ -183,10 +183,10 @@ class Stage:
 def judge(
     discriminator: nn.Module, real: Tensor, made: Tensor, *condition: Tensor
 ) -> tuple[object, object, object]:
-    """Returns what a discriminator says of real images, and of generated ones twice.
+    """Returns a discriminator's output for real images, and twice for generated ones.
 
-    The second answer is for its own loss, and the third for the generator's: through the one no
-    gradient reaches the generator, through the other none reaches the discriminator's weights.
+    The second output is for its own loss and sends no gradient to the generator; the third is for
+    the generator's loss and sends none to the discriminator's weights.
     """
     on_real, on_detached = (discriminator(*condition, each) for each in (real, made.detach()))
     discriminator.requires_grad_(False)
@@ -196,7 +196,7 @@ def judge(
 
 
 def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
-    """Returns what to log of a discriminator's answers."""
+    """Returns the means of a discriminator's outputs, to log."""
     return {"discriminator/hr": on_hr.float().mean(), "discriminator/sr": on_sr.float().mean()}
 
 
@@ -204,7 +204,7 @@ def scores(on_hr: Tensor, on_sr: Tensor) -> dict[str, Tensor]:
 
 
 class EdgePreModel(Stage):
-    """The edge generator on the cross-entropy with Canny's edges of HR."""
+    """The edge generator, on cross-entropy with the Canny edges of HR."""
 
     name, publishes = "EdgePreModel", "EdgeModel"
     recipe = Recipe(steps=5_000, crops=(32, 32))
@@ -222,7 +222,7 @@ class EdgePreModel(Stage):
         return {"gen": terms}, self.scalars(logits.sigmoid(), batch)
 
     def scalars(self, edges: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns precision and recall of a batch, exact to the pixel."""
+        """Returns precision and recall of a batch, without tolerance."""
         precision, recall = metrics.precision_recall(edges, batch["hr_edges"])
         return {"edges/precision": precision, "edges/recall": recall}
 
@@ -277,12 +277,12 @@ class SRResNetModel(Stage):
 
 
 class SRGANModel(SRResNetModel):
-    """The SRResNet against the discriminator, by ESRGAN's losses: it paints texture."""
+    """The SRResNet against a discriminator, with ESRGAN's losses, for texture."""
 
     name = publishes = "SRGAN"
     starts_from = "SRResNet"
-    best_by = ""  # no metric here judges what a discriminator teaches
-    judge_rate = 2.0  # else it never sees what the generator paints (arXiv 1706.08500: TTUR)
+    best_by = ""  # no metric here can judge adversarial training
+    judge_rate = 2.0  # or it never notices what the generator paints (TTUR, arXiv 1706.08500)
     recipe = Recipe(steps=20_000, crops=(32, 32), learning_rate=1e-4, live_norms=0, edges=())
 
     def __init__(self, recipe: Recipe, options: Namespace, device: Device) -> None:
@@ -300,7 +300,7 @@ class SRGANModel(SRResNetModel):
         return {"gen": terms, "dis": {"relativistic": relativistic}}, scores(on_hr, on_detached)
 
     def compare(self, sr: np.ndarray, hr: np.ndarray) -> Metrics:
-        """Returns the metrics of an image, and how far its features are from ground truth's."""
+        """Returns the metrics of an image, and the distance of its features from HR's."""
         hr = hr[: sr.shape[0], : sr.shape[1]]
         distance = metrics.by_strips(self.perceptual, sr, hr, self.device)
         return super().compare(sr, hr) | {"VGG19 distance": distance}
@@ -334,7 +334,7 @@ class EdgeStageModel(Stage):
 class PreModel(Stage):
     """The whole HR generator on squared error, half of every batch with ground-truth edges.
 
-    Given crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
+    Shown crisp edges and predicted ones, it learns to trust the former and to doubt the latter.
     """
 
     name = publishes = "PreModel"
@@ -385,7 +385,7 @@ class SRModel(PreModel):
         learning_rate=1e-4,
         betas=(0.9, 0.999),
         schedule=halving,
-        live_norms=0,  # recoloured crops have other statistics than photographs
+        live_norms=0,  # recoloured crops have different statistics from photographs
         color=True,
         true_edges=0.5,
     )

@@ -1,8 +1,8 @@
-"""Areas of images, the grid of tiles, and where images and tiles lie on disk.
+"""Areas of images, the grid of tiles, and where images and tiles are on disk.
 
-Slicing, testing, joining, training crops and inference windows all ask this module which pixels
-belong to what. It needs no torch. Images are `(H, W, 3)` uint8, RGB; LR is the image to
-enlarge, HR the one `SCALE` times its size.
+Slicing, testing, joining, training crops and inference windows all take their geometry from this
+module. It needs no torch. Images are `(H, W, 3)` uint8, RGB; LR is the image to enlarge, HR the
+one `SCALE` times its size.
 """
 
 import os
@@ -30,7 +30,7 @@ Position = tuple[int, int]  # row and column of a tile, from 1
 
 
 def full_area(shape: tuple[int, ...]) -> Area:
-    """Returns the area of all pixels of an array of shape `(H, W, ...)`."""
+    """Returns the area of a whole array of shape `(H, W, ...)`."""
     return slice(0, shape[0]), slice(0, shape[1])
 
 
@@ -42,15 +42,15 @@ def shape_of(area: Area) -> tuple[int, int]:
 def windows(
     area: Area, size: int, halo: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[Area, Area]]:
-    """Yields (core, seen): cores divide an area, each is seen with at least `halo` pixels around.
+    """Yields (core, seen): cores partition an area; `seen` is a core with at least `halo` around.
 
-    All windows `seen` have one shape, so that memory and tuned kernels serve them all; at the
+    All `seen` windows have the same shape, so that memory and tuned kernels are reused; at the
     border of the image they reach further inwards instead of beyond it.
 
     Args:
         area: of the image; the cores cover it.
-        size: most pixels a side of a core inside the image; at the border the halo is added.
-        halo: pixels around a core, as far as an image of `shape` reaches.
+        size: largest side of a core inside the image; at the border, the halo is added to it.
+        halo: pixels around a core, as far as an image of `shape` extends.
     """
     outer = grow(area, halo, shape)
     sides = (_windows_along(*each, size, halo) for each in zip(area, outer, strict=True))
@@ -61,7 +61,7 @@ def windows(
 def _windows_along(
     side: slice, outer: slice, size: int, halo: int
 ) -> Iterator[tuple[slice, slice]]:
-    """Yields (core, seen) along one side; neighbours meet in the middle of what both see.
+    """Yields (core, seen) along one side; neighbours meet in the middle of their overlap.
 
     `outer` is divided, not `side`: the first and the last window have no halo beyond it.
     """
@@ -75,7 +75,7 @@ def _windows_along(
 
 
 def grow(area: Area, halo: int, shape: tuple[int, ...]) -> Area:
-    """Returns the area and `halo` pixels around it, as far as an image of `shape` reaches."""
+    """Returns the area plus `halo` pixels around it, clipped to an image of `shape`."""
     return tuple(
         slice(max(side.start - halo, 0), min(side.stop + halo, length))
         for side, length in zip(area, shape[:2], strict=True)
@@ -83,7 +83,7 @@ def grow(area: Area, halo: int, shape: tuple[int, ...]) -> Area:
 
 
 def within(area: Area, outer: Area) -> Area:
-    """Returns where an area lies in an array that holds only `outer`."""
+    """Returns an area relative to `outer`, for an array that holds only the latter."""
     return tuple(
         slice(side.start - around.start, side.stop - around.start)
         for side, around in zip(area, outer, strict=True)
@@ -100,10 +100,10 @@ def scaled(area: Area, scale: int = SCALE) -> Area:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cut of an image of `height` x `width` LR pixels into `tiles` x `tiles` tiles.
+    """The division of an image of `height` x `width` LR pixels into `tiles` x `tiles` tiles.
 
-    The cut lines divide the image evenly. A tile is its cell between two cut lines and
-    `pad // 2` LR pixels more on every side, so neighbours share `pad` LR pixels.
+    The cut lines divide the image evenly. A tile is its cell between the cut lines plus
+    `pad // 2` LR pixels on every side, so neighbours share `pad` LR pixels.
     """
 
     height: int
@@ -113,11 +113,11 @@ class Grid:
 
     @classmethod
     def of_tiles(cls, lr: Path, found: dict[Position, Path], remedy: str, scale: int = 1) -> "Grid":
-        """Returns the grid that an image's tiles were cut by, from their rows, columns and sizes.
+        """Returns the grid of an image's tiles, inferred from their rows, columns and sizes.
 
         Args:
             found: the tiles, at `scale` times the size of the image `lr`.
-            remedy: what to do where a tile is missing, or not of its place's size.
+            remedy: what to do if a tile is missing or has the wrong size.
         """
         if not found:
             raise ImageError(f"{lr}: has no tiles; {remedy}")
@@ -137,7 +137,7 @@ class Grid:
         return product(range(1, self.tiles + 1), repeat=2)
 
     def cell(self, row: int, col: int, scale: int = 1) -> Area:
-        """Returns the area between tile (row, col)'s cut lines at `scale` times the LR size."""
+        """Returns the area of tile (row, col) without overlap, at `scale` times the LR size."""
         area = (
             slice(length * (number - 1) // self.tiles, length * number // self.tiles)
             for length, number in ((self.height, row), (self.width, col))
@@ -151,9 +151,9 @@ class Grid:
 
 
 def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) -> np.ndarray:
-    """Returns one tile; what lies beyond the image's border is reflected.
+    """Returns one tile; beyond the image's border it is reflected.
 
-    The mirror is the border itself, not the outermost pixel: there LR and HR agree.
+    The mirror is the border itself, not the outermost pixel, so that LR and HR agree.
 
     Args:
         image: `(scale * grid.height, scale * grid.width, 3)`.
@@ -172,9 +172,9 @@ def cut_tile(image: np.ndarray, grid: Grid, row: int, col: int, scale: int = 1) 
 
 
 def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.ndarray:
-    """Returns the image that `tiles` cover, neighbours cross-faded over the pixels they share.
+    """Returns the image covered by `tiles`, with neighbours cross-faded where they overlap.
 
-    The inverse of `cut_tile`, bit for bit.
+    The exact inverse of `cut_tile`.
     """
     overlap, numbers = grid.pad * scale, range(1, grid.tiles + 1)
     columns = (_crossfade([tiles[row, col] for row in numbers], overlap) for col in numbers)
@@ -184,7 +184,7 @@ def join(tiles: dict[Position, np.ndarray], grid: Grid, scale: int = 1) -> np.nd
 
 
 def _crossfade(parts: list[np.ndarray], overlap: int) -> np.ndarray:
-    """Joins parts below each other, of which each shares its first `overlap` rows with the last."""
+    """Joins parts vertically; each shares its first `overlap` rows with the part above it."""
     weight = ((np.arange(overlap) + 0.5) / overlap).astype(np.float32)[:, None, None]
     done, last = [], parts[0]
     for part in parts[1:]:
@@ -200,7 +200,7 @@ def _crossfade(parts: list[np.ndarray], overlap: int) -> np.ndarray:
 
 
 def image_id(path: Path) -> str:
-    """Returns `0006` for `image_600px_0006.png`, for any other file its name without suffix."""
+    """Returns `0006` for `image_600px_0006.png`, and any other file's name without suffix."""
     match = re.fullmatch(r"image_\d+px_(.+)", path.stem, re.DOTALL)
     return match[1] if match else path.stem
 
@@ -208,8 +208,8 @@ def image_id(path: Path) -> str:
 def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Returns the images of a folder by id, sorted by id, and a line for each that is left out.
 
-    In an LR folder `0001x4.png`, as benchmark sets have it, gets the id of `0001.png` in the HR
-    folder beside, unless either folder has another image that this id or name belongs to.
+    In an LR folder, `0001x4.png`, as named in benchmark sets, gets the id of `0001.png` in the HR
+    folder beside it, unless another image in either folder has that id or that name.
     """
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     listed, problems = select_images(path for path in paths if not path.name.startswith("."))
@@ -226,14 +226,14 @@ def find_images(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def walk(folder: Path, recursive: bool = False) -> Iterator[Path]:
-    """Yields a folder's files, and its sub-folders' if asked for; hidden ones are left out."""
+    """Yields a folder's files, with `recursive` its sub-folders' too; hidden ones are left out."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         yield from (Path(parent) / name for name in sorted(names) if not name.startswith("."))
 
 
 def select_images(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Returns the images among files, and a line for each of a format that cannot be read here."""
+    """Returns the images among files, and a line for each in an unsupported format."""
     found, problems = [], []
     for path in paths:
         suffix = path.suffix.lower()
@@ -250,10 +250,10 @@ def tile_name(name: str, row: int, col: int) -> str:
 
 
 def find_tiles(folder: Path) -> dict[str, dict[Position, Path]]:
-    """Returns {id: {(row, col): path}} of all files of a folder that are named like tiles."""
+    """Returns {id: {(row, col): path}} of all files in a folder that are named like tiles."""
     found: dict[str, dict[Position, Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        match = re.fullmatch(r"(.+)_(\d+)_(\d+)", path.stem, re.DOTALL)  # the original: 0006_1_6
+        match = re.fullmatch(r"(.+)_(\d+)_(\d+)", path.stem, re.DOTALL)  # original: 0006_1_6
         if match and not path.name.startswith("."):
             found.setdefault(match[1], {}).setdefault((int(match[2]), int(match[3])), path)
     return found

@@ -40,28 +40,28 @@ from stages import Batch, Losses, Recipe, Stage
 
 EMA_DECAY = 0.999  # per step
 LOG_EVERY = 20  # steps
-CHECKPOINT_SECONDS = 600  # at the latest, where steps take long
-SAMPLE_SIDE, SAMPLES = 48, 4  # LR pixels of the held-out crops to watch, and how many
-NAMED = 5  # of the images that are left out
+CHECKPOINT_SECONDS = 600  # at most between two saves, if steps are slow
+SAMPLE_SIDE, SAMPLES = 48, 4  # side in LR pixels, and number, of the held-out crops to log
+NAMED = 5  # how many too-small images the message lists
 STOPPING = b"\nStopping after this step or validation; interrupt again to stop at once\n"
 
 
 def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
     """Trains a stage to its recipe's last step, or until interrupted; publishes the best weights.
 
-    Writes to a folder of its own, `{options.runs}/{name}/{number}`: `state.pth`, to resume from,
-    the averaged weights as they are, `latest.pth`, and as they validated best, `best.pth`, and
-    curves. See `publish` for what becomes of `{options.ckpts}/{name}_gen.pth`.
+    Writes to its own folder, `{options.runs}/{name}/{number}`: `state.pth`, to resume from; the
+    averaged weights, the current ones in `latest.pth` and those that validated best in `best.pth`;
+    and curves. See `publish` for when `{options.ckpts}/{name}_gen.pth` is replaced.
 
     Returns:
-        The seconds that a step took in the end.
+        The duration of a step in seconds, by the last steps that were logged; NaN without any.
 
     Raises:
-        UserError: something is missing or damaged, the loss is not finite, or what is resumed
-            differs from what is asked.
-        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when all is saved.
+        UserError: something is missing or damaged, the loss is not finite, or the run to resume
+            has different settings.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once everything is saved.
     """
-    # The stage's recipe with what the command line gives in place of its own values, and data
+    # The recipe, overridden by the command line, and the data
     given = {key: vars(options)[key] for key in ("steps", "batch_size", "learning_rate", "jpeg")}
     given["crops"] = options.crop and (options.crop, options.crop)
     given = {key: value for key, value in given.items() if value is not None}
@@ -76,7 +76,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
     for folder in (options.ckpts, options.runs):
         device.from_first(files.check_writable, folder)
 
-    # Networks, alike in all processes, their optimisers, the generator's moving average
+    # The networks, identical in all processes, their optimisers, the generator's moving average
     torch.manual_seed(options.seed)
     stage = stage_class(recipe, options, device)
     networks = stage.networks
@@ -95,7 +95,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
         checkpoints.restore(parts, state, folder / "state.pth")
     save = partial(checkpoints.save, folder, parts, done, settings)
 
-    # What is to be trained, and what to compare it with
+    # Describe the training, and measure what to compare it with
     fewer = " (a quarter of the images at most)" * (len(held_out) < options.held_out)
     device.info(
         f"{stage.name}: {device.describe()}; {len(dataset.names)} images as {len(dataset)} tiles;"
@@ -111,7 +111,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
 
     # Train
     saved = time.monotonic()
-    consistent = True  # not amid the updates of a step
+    consistent = True  # False amid the updates of a step
     log = Log(stage, folder, settings, done)
     with interruptible(notice=device.rank == 0) as interrupted, log:
         try:
@@ -125,7 +125,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
                     now = validate(stage, ema, held_out)
                     log.scalars("validation/", now, reference)
                     log.samples(stage, ema, held_out or training)
-                    if done.step and stage.better(now, done.best):  # 0 is what training starts from
+                    if done.step and stage.better(now, done.best):  # not the starting weights
                         device.from_first(weights.save_network, ema, folder / "best.pth")
                         done.best, done.best_step = now, done.step
                     done.validated = done.step
@@ -135,7 +135,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
                 if last:
                     break
 
-                # Fetch all of a step's batches: Ctrl-C or a damaged tile stops between two steps
+                # Fetch a step's batches at once, so that Ctrl-C or a bad tile stops between steps
                 fetched = list(islice(batches, recipe.accumulate))
                 problems = [each for each in fetched if isinstance(each, Exception)]
                 if device.any_process(bool(problems or interrupted)):
@@ -148,9 +148,9 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
                 if done.step >= recipe.live_norms * recipe.steps:
                     for module in networks["gen"].modules():
                         if isinstance(module, nn.BatchNorm2d):
-                            module.eval()  # keeps its statistics, as when the generator is used
+                            module.eval()  # with frozen statistics, as at test time
                 one_shape = len(set(recipe.crops)) == 1
-                torch.backends.cudnn.benchmark = one_shape  # validation has set it otherwise
+                torch.backends.cudnn.benchmark = one_shape  # validation may have changed it
                 rate = recipe.learning_rate * recipe.schedule(done.step, recipe)
                 for loaded in fetched:
                     batch = {key: device.send(value) for key, value in loaded.items()}
@@ -177,7 +177,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
                 if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     device.from_first(save)
                     saved = time.monotonic()
-        except NotFiniteError as error:  # the state of before is the one to keep
+        except NotFiniteError as error:  # the last saved state is the one to keep
             raise UserError(
                 f"{stage.name}: not finite at step {done.step} or in the {LOG_EVERY} before;"
                 f" {folder} has the last good state; start again with a lower --learning-rate"
@@ -221,9 +221,9 @@ def run_settings(stage: Stage, options: Namespace, dataset: PairedTiles, held_ou
 def load_batches(
     dataset: PairedTiles, recipe: Recipe, options: Namespace, device: Device, first: int
 ) -> Iterator[Batch | Exception]:
-    """Yields batches without end, from number `first` on, loaded by processes of their own.
+    """Yields endless batches, from number `first` on, loaded by worker processes.
 
-    One is an error, where a tile cannot be used or the processes cannot work.
+    Yields an error instead of a batch if a tile cannot be used or the workers fail.
     """
     crops = len(dataset), recipe.batch_size, recipe.crops, options.seed
     requests = draw_batches(*crops, start=first, rank=device.rank, world=device.world)
@@ -246,15 +246,15 @@ def load_batches(
 
 
 def collate(items: list[dict | Exception]) -> Batch | Exception:
-    """Returns a batch of items of `PairedTiles`, or the first error among them."""
+    """Returns a batch of items from `PairedTiles`, or the first error among them."""
     errors = [item for item in items if isinstance(item, Exception)]
     return errors[0] if errors else default_collate(items)
 
 
 def prepare_worker(_: int) -> None:
-    """Has a data-loading process ignore the group's Ctrl-C.
+    """Makes a data-loading process ignore Ctrl-C, and silences it.
 
-    What it prints is multiprocessing's own tracebacks: errors of tiles leave it as items.
+    It would print only multiprocessing's own tracebacks: errors in tiles are returned as items.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
@@ -269,7 +269,7 @@ def prepare_worker(_: int) -> None:
 def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
     """Updates the exponential moving average of a network's weights.
 
-    Early on the average is over fewer steps, so that it soon forgets where training started.
+    Early on, the average is over fewer steps, so that it soon forgets the initial weights.
     Batch norm's statistics are averaged too; spectral norm's vectors are copied.
     """
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
@@ -287,16 +287,16 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
 
 
 def validate(stage: Stage, network: nn.Module, held_out: Pairs) -> Metrics:
-    """Returns a generator's mean metrics of the held-out images, {} without any."""
+    """Returns a generator's mean metrics on the held-out images, {} if there are none."""
     enlarger = stage.make_enlarger(network)
     return measure(stage, held_out, partial(stage.validate, enlarger))
 
 
 def validate_published(stage: Stage, options: Namespace, held_out: Pairs) -> Metrics:
-    """Returns the metrics of the weights that a training is about to replace, {} without any."""
+    """Returns the metrics of the published weights, which a training may replace, or {}."""
     path = files.weight_path(options.ckpts, stage.publishes)
-    # There are none, they are of another network, or do not compute. Where the first process cannot
-    # read them, the others exit.
+    # {} if they are missing, of another network, or give NaN. SystemExit is raised in the other
+    # processes if the first one cannot read them.
     with contextlib.suppress(UserError, SystemExit):
         return validate(stage, stage.load(path, type(stage.generator)), held_out)
     return {}
@@ -305,10 +305,10 @@ def validate_published(stage: Stage, options: Namespace, held_out: Pairs) -> Met
 def measure(
     stage: Stage, pairs: Pairs, function: Callable[[np.ndarray, np.ndarray], Metrics]
 ) -> Metrics:
-    """Returns the mean of a function of LR and HR over images, which the processes share out.
+    """Returns the mean of a function of LR and HR over images, divided among the processes.
 
     Raises:
-        ImageError, NotFiniteError: in all processes, one cannot be read, or not be made.
+        ImageError, NotFiniteError: in all processes, if an image cannot be read or computed.
     """
     device = stage.device
     mine = list(pairs.values())[device.rank :: device.world]
@@ -331,8 +331,8 @@ def measure(
 class Log(contextlib.AbstractContextManager):
     """Progress bar and TensorBoard curves of a training; both in the first process only.
 
-    What the stage is compared with is a run of its own, a flat line in the same charts. Where
-    curves cannot be written, training continues without them.
+    The stage's baseline is logged as a separate run, a flat line in the same charts. If curves
+    cannot be written, training continues without them.
     """
 
     def __init__(self, stage: Stage, folder: Path, settings: dict, done: Progress) -> None:
@@ -361,13 +361,13 @@ class Log(contextlib.AbstractContextManager):
         threading.excepthook = self.hook
 
     def in_thread(self, arguments: threading.ExceptHookArgs) -> None:
-        """Passes over what fails in TensorBoard's thread: its writer raises it again."""
+        """Ignores an OSError in TensorBoard's thread: its writer raises it again."""
         if not isinstance(arguments.exc_value, OSError):
             self.hook(arguments)
 
     @contextlib.contextmanager
     def optional(self) -> Iterator[None]:
-        """Ends the curves, with a warning, where anything goes wrong with them."""
+        """Stops logging curves, with a warning, if anything goes wrong with them."""
         try:
             yield
         except Exception as error:  # whatever TensorBoard raises
@@ -375,28 +375,28 @@ class Log(contextlib.AbstractContextManager):
             console.warn(f"Training continues without curves: {console.one_line(error)}")
 
     def restart(self) -> None:
-        """Forgets what was counted, and the time it took."""
+        """Discards what was counted, and restarts the clock."""
         self.batches: list[dict[str, Tensor]] = []
         self.since = time.monotonic()
 
     def count(self, all_terms: Losses, scalars: dict[str, Tensor]) -> None:
-        """Keeps what is to be logged of a batch, without waiting for the device."""
+        """Collects the values to log from a batch, without waiting for the device."""
         for key, terms in all_terms.items():
             scalars = scalars | {f"loss {key}/{term}": value for term, value in terms.items()}
         self.batches.append({key: value.detach() for key, value in scalars.items()})
 
     def flush(self, rate: float) -> None:
-        """Logs the means since the last call; raises NotFiniteError if a loss's is not."""
+        """Logs the means since the last call; raises NotFiniteError if a loss is not finite."""
         means = metrics.mean_of(self.batches)
         sums = {key.split("/")[0]: value for key, value in means.items() if key.endswith("/sum")}
         if self.device.any_process(not all(map(math.isfinite, sums.values()))):
             raise NotFiniteError("a loss is not finite")
         self.speed = len(self.batches) * self.crops_per_batch / (time.monotonic() - self.since)
         self.scalars("", means | {"speed/crops per second": self.speed, "learning rate": rate})
-        self.bar.set_postfix(sums, refresh=False)  # else every time a line in a log file
+        self.bar.set_postfix(sums, refresh=False)  # refreshing adds a line to a log file each time
 
     def scalars(self, title: str, *values: Metrics) -> None:
-        """Logs values at the present step and, in the same charts, those to beat; restarts."""
+        """Logs values at the current step and, in the same charts, the baseline's; restarts."""
         with self.optional():
             for writer, each in zip(self.writers, values, strict=False):
                 for key, value in each.items():
@@ -404,7 +404,7 @@ class Log(contextlib.AbstractContextManager):
         self.restart()
 
     def samples(self, stage: Stage, network: nn.Module, pairs: Pairs) -> None:
-        """Logs what a generator makes of the middles of some images, side by side."""
+        """Logs a generator's output on the centers of some images, side by side."""
         if not self.writers:
             return
         enlarger, rows = stage.make_enlarger(network), defaultdict(list)
@@ -428,15 +428,15 @@ class Log(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def interruptible(notice: bool) -> Iterator[list[int]]:
-    """Turns Ctrl-C, SIGTERM and SIGHUP into entries of the list it yields; a second interrupts.
+    """Appends Ctrl-C, SIGTERM and SIGHUP to the list it yields; the same one again interrupts.
 
     Args:
-        notice: tell the user that training will stop, which can take a validation's time.
+        notice: tell the user that training will stop, which can take as long as a validation.
     """
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if number in received:  # by default SIGHUP, which may come twice, would end all unsaved
+        if number in received:  # SIGHUP may come twice; its default would stop without saving
             raise KeyboardInterrupt
         received.append(number)
         if notice:  # not by `print`, which cannot interrupt itself
@@ -447,5 +447,5 @@ def interruptible(notice: bool) -> Iterator[list[int]]:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows lacks the last
             if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                stack.callback(signal.signal, number, signal.signal(number, note))  # else nohup's
+                stack.callback(signal.signal, number, signal.signal(number, note))  # unless nohup's
         yield received

@@ -1,4 +1,4 @@
-"""Weight files: how they are written, and recognised by their keys, whoever wrote them."""
+"""Weight files: how they are written, and how those of other programs, too, are recognised."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import files
 from console import UserError, one_line
 from models import EdgeGenerator, Generator, SRResNet
 
-# Under which other programs, and our own states, keep a state dict; the best one first.
+# Keys under which other programs, and our own states, keep a state dict; the best one first.
 WRAPPERS = ("generator", "params_ema", "ema", "params", "state_dict", "model_state_dict")
 WRAPPERS += ("model", "net", "parts")
 PREFIXES = r"^((module|_orig_mod|model|generator|net_g)\.)+"  # DataParallel, torch.compile, ...
@@ -19,14 +19,14 @@ ANOTHER = "use another file"
 
 
 def save_network(network: nn.Module, path: Path) -> None:
-    """Writes a network's weights, those of more than one dimension in half precision.
+    """Writes a network's weights, those with more than one dimension in half precision.
 
     They are contiguous and on the CPU, so that any program can read them.
     """
     state = {}
     for key, value in network.state_dict().items():
         half = value.half() if value.ndim > 1 else value
-        kept = half if half.isfinite().all() else value  # too large for it
+        kept = half if half.isfinite().all() else value  # some are too large for half precision
         state[key] = kept.cpu().clone(memory_format=torch.contiguous_format)
     save_file({"network": type(network).__name__, "state_dict": state}, path)
 
@@ -34,11 +34,11 @@ def save_network(network: nn.Module, path: Path) -> None:
 def load_network(path: Path, *kinds: type[nn.Module]) -> nn.Module:
     """Returns the network in a weight file, in float32 and evaluation mode.
 
-    Recognises by keys and shapes what `save_network`, Edge-Informed SISR and Edge.SRGAN write, and
-    bare state dicts.
+    Recognises, by keys and shapes, files from `save_network`, Edge-Informed SISR and Edge.SRGAN,
+    and bare state dicts.
 
     Args:
-        kinds: the classes that will do; any generator by default.
+        kinds: the accepted classes; any generator by default.
     """
     return build_network(load_state(path), path, *kinds)
 
@@ -47,8 +47,8 @@ def interpolate(shares: dict[Path, float]) -> SRResNet:
     """Returns an HR generator whose weights are a weighted mean of several files'.
 
     Args:
-        shares: how much of each network's weights, 1 in all (Wang et al., ESRGAN, arXiv 1809.00219,
-            section 3.4).
+        shares: of each file, summing to 1 (network interpolation: Wang et al., ESRGAN, arXiv
+            1809.00219, section 3.4).
     """
     states = {path: load_state(path) for path in shares}
     first = next(iter(shares))
@@ -64,7 +64,7 @@ def interpolate(shares: dict[Path, float]) -> SRResNet:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Returns the state dict in a weight file, by its current keys."""
+    """Returns the state dict in a weight file, with keys renamed to the current ones."""
     content = load_file(path, "train it first, or " + ANOTHER)
     while inner := [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]:
         content = inner[0]
@@ -101,17 +101,17 @@ def build_network(state: dict[str, Tensor], path: Path, *kinds: type[nn.Module])
 
 
 def save_file(content: dict, path: Path) -> None:
-    """Writes a file of tensors and plain values: the whole of it, on the disk, or none."""
-    # Given a path instead of a file, torch.save hides what kind of error the disk had.
+    """Writes a file of tensors and plain values, atomically and flushed to disk."""
+    # Given a path instead of a file, torch.save hides the kind of disk error.
     with files.replacing(path, durable=True) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
 def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
-    """Returns what a file of finite tensors and plain values holds, on the CPU; runs no code in it.
+    """Returns the contents of a file of finite tensors and plain values, on the CPU; runs no code.
 
     Args:
-        if_missing: what to do where there is no such file.
+        if_missing: what to tell the user to do if there is no such file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -119,7 +119,7 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
         raise UserError(f"{path}: no such file; {if_missing}") from error
     except OSError as error:
         raise UserError(f"{one_line(error)}; make it readable, or {ANOTHER}") from error
-    except Exception as error:  # torch.load raises whatever a damaged file leads it into
+    except Exception as error:  # torch.load may raise anything on a damaged file
         reason = "damaged, or not a tensors-only file written by torch.save"
         raise UserError(f"{path}: {reason}; {ANOTHER}") from error
     if not isinstance(content, dict):
@@ -130,7 +130,7 @@ def load_file(path: Path, if_missing: str = ANOTHER) -> dict:
 
 
 def is_finite(content: object) -> bool:
-    """Returns whether all tensors are finite, however nested in dicts and lists."""
+    """Returns whether all tensors are finite, at any depth of dicts and lists."""
     if isinstance(content, Tensor):
         return bool(content.isfinite().all())
     values = content.values() if isinstance(content, dict) else content

@@ -31,7 +31,7 @@ ODD_NUMBERS = (0, 1, 2, 6, 8, 9, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFF
 
 
 def originals() -> list[tuple[str, bytes]]:
-    """Returns (suffix, contents) of sound files in many modes and with all kinds of metadata."""
+    """Returns (suffix, contents) of intact files in many modes and with all kinds of metadata."""
     rgb = Image.fromarray(skimage.data.astronaut()[:40, 200:256])
     cat = Image.fromarray(skimage.data.cat()[100:140, 200:256])
     rgba = rgb.copy()
@@ -122,7 +122,7 @@ CHANCES = [0.25, 0.2, 0.3, 0.07, 0.07, 0.07, 0.04]
 
 
 def mended(contents: bytes) -> bytes:
-    """Returns a PNG file with right checksums, as far as its chunks can be followed."""
+    """Returns a PNG file with correct checksums, as far as its chunks can be followed."""
     data, at = bytearray(contents), 8
     if not contents.startswith(b"\x89PNG"):
         return contents
@@ -142,7 +142,7 @@ def check(path: Path, suffix: str) -> bool:
         suffix: format to write.
 
     Raises:
-        AssertionError: its size is not the one that its header tells.
+        AssertionError: the size differs from the one in the header.
         Exception: anything but an ImageError or a MemoryError.
     """
     try:

@@ -44,9 +44,9 @@ class Target:
 
     Attributes:
         command: its command line.
-        reset: removes all that it has made.
-        result: returns what it has made, by name.
-        resume: returns the options with which it goes on.
+        reset: removes its output.
+        result: returns its output, by name.
+        resume: returns the options with which it continues.
     """
 
     command: list[object]
@@ -55,13 +55,13 @@ class Target:
     resume: Callable[[], list[str]] = list
 
     def run(self) -> None:
-        """Runs the command to its end, which must be a good one."""
+        """Runs the command to its end, which must succeed."""
         done = subprocess.run(self.arguments(), capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(self.arguments())}\n{done.stderr}")
 
     def arguments(self) -> list[str]:
-        """Returns the command line with which the command starts, or goes on."""
+        """Returns the command line that starts or continues the command."""
         return [sys.executable, *map(str, self.command), *self.resume()]
 
 
@@ -82,7 +82,7 @@ def main() -> None:
         pipeline = image_targets(Path(folder))
         for name in COMMANDS:
             if name not in pipeline and name not in chosen:
-                continue  # the images' need what is before them
+                continue  # slice, test and join need those before them
             target = pipeline.get(name) or training_target(Path(folder), name)
             target.reset()
             began = time.monotonic()
@@ -100,10 +100,10 @@ def main() -> None:
 def kill(
     target: Target, expected: dict, kills: int, seconds: float, rng: random.Random
 ) -> tuple[int, list[str]]:
-    """Kills a command so many times; whenever it comes to its end, it starts from nothing.
+    """Kills a command `kills` times; whenever it completes, it starts from scratch.
 
     Args:
-        expected: the result of an undisturbed run, which took so many `seconds`.
+        expected: the result of an undisturbed run, which took `seconds`.
 
     Returns:
         How often it was killed, and the names of what differed in the end.
@@ -114,7 +114,7 @@ def kill(
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         process = subprocess.Popen(target.arguments(), **pipes, text=True)
         try:
-            # where it works, not where it starts: half of the moments lie in the last third
+            # mostly while it works, not while it starts: half of the kills are in the last third
             late = rng.random() < 0.5
             process.wait(rng.uniform(0.66 if late else 0, 1) * seconds)
         except subprocess.TimeoutExpired:
@@ -131,13 +131,13 @@ def kill(
 
 
 def differences(expected: dict, found: dict) -> set[str]:
-    """Returns the names under which two results differ."""
+    """Returns the names of the items in which two results differ."""
     names = expected.keys() | found.keys()
     return {name for name in names if not same(expected.get(name), found.get(name))}
 
 
 def same(a: object, b: object) -> bool:
-    """Returns whether two values are equal, tensors to the bit, however deep."""
+    """Returns whether two nested values are equal, tensors bit for bit."""
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
@@ -151,7 +151,7 @@ def same(a: object, b: object) -> bool:
 
 
 def prepare(root: Path) -> None:
-    """Makes images, weights of tiny networks to start from, and VGG19's, random ones."""
+    """Makes images, weights of tiny networks to start from, and random weights of VGG19."""
     for number in range(12):
         hr = photograph(number, 384)
         for subset in (TRAINING, TEST):
@@ -173,9 +173,9 @@ def prepare(root: Path) -> None:
 
 
 def image_targets(root: Path) -> dict[str, Target]:
-    """Returns slice, test and join, which need each other in this order."""
+    """Returns slice, test and join, each of which needs those before it."""
     output = root / TEST / LR / OUTPUT
-    tested = root / "tested"  # the test's output, for joining to start from
+    tested = root / "tested"  # a copy of test's output, for join to start from
 
     def remove() -> None:
         shutil.rmtree(output, ignore_errors=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-LARGEST, IMAGES, ALLOWED = 264, 200, 1.2  # 264: its windows are as large as can be
+LARGEST, IMAGES, ALLOWED = 264, 200, 1.2  # at 264, windows have their largest size
 
 
 def peak(count: int) -> int:
-    """Returns this process's peak after enlarging so many images, in the system's own unit."""
+    """Returns this process's peak memory after enlarging `count` images, in the system's unit."""
     import numpy as np  # noqa: PLC0415
 
     from device import open_device  # noqa: PLC0415

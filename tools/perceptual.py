@@ -65,17 +65,17 @@ def paths_in(folder: Path) -> list[Path]:
 
 
 def image_id(path: Path) -> str:
-    """Returns what the files of one image share in their names."""
+    """Returns the id shared by the names of all files of one image."""
     return tiles.image_id(path).removeprefix("candidate_").removesuffix("_HR").removesuffix("_LR")
 
 
 def to_input(image: np.ndarray) -> torch.Tensor:
-    """Returns a (1, 3, H, W) tensor in [-1, 1] of an `(H, W, 3)` uint8 image."""
+    """Returns an `(H, W, 3)` uint8 image as a (1, 3, H, W) tensor in [-1, 1]."""
     return torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def grid(image: np.ndarray) -> float:
-    """Returns the strength of a grid of 4 x 4 pixels, in grey levels."""
+    """Returns the strength of the 4 x 4 pixel grid, in grey levels."""
     luma = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float64)
     high = luma - cv2.GaussianBlur(luma, (0, 0), 2)
     rows, columns = (side // 32 for side in high.shape)
