@@ -176,6 +176,9 @@ def cuda_obstacle() -> str | None:
     """Returns why CUDA cannot be used here, or None if this process's GPU works."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
+    # Else the processes without a GPU would wait for the others on the CPU, and those on the GPUs.
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+        return "there are fewer GPUs than processes"
     try:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.ones(1, device="cuda").add(1).item()

@@ -38,6 +38,7 @@ def gpu(monkeypatch):
         for name, found in {
             "is_available": True,
             "current_device": 1,
+            "device_count": 2,
             "set_device": None,
             "is_bf16_supported": bf16,
         }.items():
@@ -62,6 +63,15 @@ def test_a_gpu_that_does_not_compute_is_named(gpu, capsys, monkeypatch):
         choose_kind("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_kind("auto") == "cpu" and capsys.readouterr().err == ""
+
+
+def test_processes_without_a_gpu_each_compute_on_the_cpu_together(gpu, capsys, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for count, kind in (("2", "cuda"), ("3", "cpu")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        assert choose_kind("auto") == kind
+    assert "fewer GPUs than processes; using the CPU" in capsys.readouterr().err
 
 
 def test_the_cpu_is_used_without_looking_for_a_gpu(monkeypatch):
