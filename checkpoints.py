@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 import console
 import files
 import metrics
@@ -171,6 +173,9 @@ def restore(parts: dict, state: dict, path: Path) -> None:
         for key, part in parts.items():
             own = getattr(part, "param_groups", [])
             part.load_state_dict(state["parts"][key])
+            for parameter, kept in getattr(part, "state", {}).items():  # in the weights' layout
+                for name in kept.keys() - {"step"}:
+                    kept[name] = torch.empty_like(parameter).copy_(kept[name])
             for group, given in zip(getattr(part, "param_groups", []), own, strict=True):
                 group |= {"factor": given["factor"], "betas": given["betas"]}
     except (KeyError, RuntimeError, ValueError) as error:

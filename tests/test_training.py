@@ -799,6 +799,29 @@ def test_changed_optimiser_settings_are_applied_on_resuming(folder, given, monke
     assert all(list(group["betas"]) == [0.5, 0.6] for group in groups)
 
 
+def test_moments_are_restored_into_the_layout_of_the_weights():
+    """Where it is fused, Adam takes numbers in the order in which they lie in memory."""
+
+    def resumed(before):
+        """Returns weights after two steps, with another Adam and in channels-last for the other."""
+        torch.manual_seed(0)
+        network, state = torch.nn.Conv2d(3, 4, 3), {}
+        for layout in (before, torch.channels_last):
+            network = network.to(memory_format=layout)
+            group = {"params": network.parameters(), "factor": 1}
+            adam = torch.optim.Adam([group], lr=0.1, fused=True)
+            if state:
+                checkpoints.restore({"adam": adam}, state, None)
+            adam.zero_grad()
+            network(torch.rand(2, 3, 5, 5)).square().sum().backward()
+            adam.step()
+            state = {"parts": {"adam": adam.state_dict()}}
+        return network.weight
+
+    ours, other = map(resumed, (torch.channels_last, torch.contiguous_format))
+    assert torch.allclose(ours, other, atol=1e-4)
+
+
 # What goes wrong ------------------------------------------------------------------------------
 
 
