@@ -65,8 +65,11 @@ class Device:
         return network.to(self.torch_device, memory_format=self.layout)
 
     def send(self, tensor: Tensor) -> Tensor:
-        """Copies a tensor to the device without waiting; uint8 becomes float32 in [0, 1]."""
-        tensor = tensor.to(self.torch_device, non_blocking=True)
+        """Copies a tensor to the device, to CUDA without waiting; uint8 becomes float32 in [0, 1].
+
+        MPS would read the memory of tensors that are gone by then.
+        """
+        tensor = tensor.to(self.torch_device, non_blocking=self.torch_device.type == "cuda")
         if tensor.dtype == torch.uint8:
             tensor = tensor / 255
         return tensor.contiguous(memory_format=self.layout) if tensor.ndim == 4 else tensor

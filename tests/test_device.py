@@ -152,6 +152,18 @@ def test_bytes_become_numbers_from_0_to_1():
     assert sent.dtype == torch.float32 and sent.tolist() == pytest.approx([0, 0.2, 1])
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_only_cuda_copies_without_waiting(monkeypatch, kind):
+    """MPS reads the source later, when it may be gone (PyTorch's issue 189690)."""
+
+    def to(tensor, _, non_blocking):
+        assert non_blocking is (kind == "cuda")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    Device(torch.device(kind)).send(torch.zeros(1))
+
+
 def test_networks_and_images_are_in_the_layout_that_convolutions_are_fastest_in():
     placed = CPU.place(Generator(8, 4))
     assert placed.conv2.weight.is_contiguous(memory_format=torch.channels_last)
