@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ import console
 from console import NotFiniteError, UserError
 
 WAIT_FOR_OTHERS = timedelta(days=1)  # when testing, processes have unequal shares
+LEAVING_SECONDS = 60
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CGROUPS = [(Path("/sys/fs/cgroup"), "memory.max", "memory.current")]
 CGROUPS += [(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")]
@@ -152,8 +154,19 @@ def open_device(name: str = "auto", precision: str = "auto", training: bool = Fa
         if not dist.is_initialized():  # by an earlier command
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=WAIT_FOR_OTHERS)
-            atexit.register(dist.destroy_process_group)
+            atexit.register(leave)
     return Device(torch_device, dtype, rank, world, layout)
+
+
+def leave() -> None:
+    """Leaves the process group, within `LEAVING_SECONDS`.
+
+    NCCL waits for the others on this machine to leave. A process that fails would wait for ones
+    that are waiting for it; once it is killed, torchrun ends them.
+    """
+    if hasattr(signal, "alarm"):  # not on Windows, which has no NCCL either
+        signal.alarm(LEAVING_SECONDS)
+    dist.destroy_process_group()
 
 
 def choose_kind(name: str) -> str:

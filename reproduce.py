@@ -75,8 +75,7 @@ def run() -> None:
         training.fit(stages.STAGES[name], given, device)
         plan[name] = DONE
         device.from_first(save_plan, plan_path, plan)
-    if device.rank == 0 and (options.root / tiles.TEST / tiles.HR).is_dir():
-        ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
+    device.from_first(print_table, options)  # the others wait
 
 
 def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list]:
@@ -107,6 +106,12 @@ def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> 
     taken = time.monotonic() - start
     starting = taken - TRIAL * pace  # which the training itself needs once more
     return max(1, round((seconds - taken - starting) / pace))
+
+
+def print_table(options: Namespace) -> None:
+    """Prints the table of `ablation.py`, where there are images for it."""
+    if (options.root / tiles.TEST / tiles.HR).is_dir():
+        ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
 
 
 def save_plan(path: Path, plan: dict[str, int | str]) -> None:

@@ -1,6 +1,10 @@
+import os
+import signal
+import time
+
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, Launched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import device
@@ -72,6 +76,19 @@ def test_processes_without_a_gpu_each_compute_on_the_cpu_together(gpu, capsys, m
         monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
         assert choose_kind("auto") == kind
     assert "fewer GPUs than processes; using the CPU" in capsys.readouterr().err
+
+
+def leave_others_that_stay():
+    """What a process does that fails, where NCCL waits for the others to leave as well."""
+    device.LEAVING_SECONDS = 1
+    torch.distributed.destroy_process_group = lambda: time.sleep(60)
+    device.leave()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGALRM")
+def test_a_process_that_fails_does_not_wait_for_those_that_wait_for_it(tmp_path):
+    statuses, _ = Launched(tmp_path / "log", leave_others_that_stay).wait(30)
+    assert statuses == [-signal.SIGALRM]
 
 
 def test_the_cpu_is_used_without_looking_for_a_gpu(monkeypatch):
