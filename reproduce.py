@@ -56,8 +56,8 @@ def run() -> None:
     add("--crop", type=console.count, default=48, help="side of the crops in LR pixels")
     options = parser.parse_args()
     end, plan_path = time.monotonic() + 60 * options.minutes, options.runs / "reproduce.json"
-    plan = json.loads(plan_path.read_text()) if options.resume and plan_path.exists() else {}
     device = open_device(training=True)
+    plan = device.from_first(load_plan, plan_path) if options.resume else {}
     left = [name for name in SHARES if name in options.stages and plan.get(name) != DONE]
     for number, name in enumerate(left):
         share = SHARES[name] / sum(SHARES[each] for each in left[number:])
@@ -84,7 +84,7 @@ def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namesp
     argv = ["--stage", name, "--publish", "--root", options.root, "--crop", options.crop]
     argv += ["--held-out", options.held_out, "--ckpts", options.ckpts, "--runs", options.runs]
     start = options.init and files.weight_path(options.init, stages.STAGES[name].publishes)
-    if start and start.exists():
+    if start and device.from_first(start.exists):
         argv += ["--init", start]
     if options.vgg:
         argv += ["--vgg", options.vgg]
@@ -112,6 +112,11 @@ def print_table(options: Namespace) -> None:
     """Prints the table of `ablation.py`, where there are images for it."""
     if (options.root / tiles.TEST / tiles.HR).is_dir():
         ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
+
+
+def load_plan(path: Path) -> dict[str, int | str]:
+    """Returns what `save_plan` wrote, {} if it did not."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def save_plan(path: Path, plan: dict[str, int | str]) -> None:

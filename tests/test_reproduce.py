@@ -1,10 +1,12 @@
 import json
+import os
 import re
 import shutil
+import sys
 from argparse import Namespace
 
 import pytest
-from conftest import command
+from conftest import Launched, command
 
 import console
 import reproduce
@@ -46,6 +48,22 @@ def test_what_is_done_is_not_done_again(reproduced, tmp_path):
     reproduced("--stages", "SRResNet")
     printed = reproduced("--stages", "SRResNet,SRGAN", "--resume")
     assert "--stage SRGAN" in printed and "--stage SRResNet" not in printed
+
+
+def resume_by_rank(sliced, runs):
+    """Continues with a folder of runs that only the first process has, as on several machines."""
+    runs = runs / os.environ["RANK"]
+    given = ["--minutes", 1, "--root", sliced, "--ckpts", runs, "--runs", runs, "--resume"]
+    sys.argv = ["reproduce.py", *map(str, given), "--stages", "SRResNet"]
+    reproduce.ablation.main = lambda _: None
+    reproduce.run()
+
+
+def test_the_first_process_knows_what_is_done(sliced, tmp_path):
+    reproduce.save_plan(tmp_path / "0" / "reproduce.json", {"SRResNet": "done"})
+    launched = Launched(tmp_path / "log", resume_by_rank, sliced, tmp_path, processes=2)
+    statuses, printed = launched.wait(30)
+    assert statuses == [0, 0], printed
 
 
 def test_what_a_gpu_needs_to_wake_up_is_no_part_of_the_pace(tmp_path, monkeypatch):
