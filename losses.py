@@ -31,7 +31,7 @@ def edge_cross_entropy(logits: Tensor, hr_edges: Tensor) -> Tensor:
         logits: of the predicted edges, (N, 1, H, W).
         hr_edges: ground truth, (N, 1, H, W) in {0, 1}.
     """
-    weight = logits.new_tensor(EDGE_WEIGHT)
+    weight = logits.new_full((), EDGE_WEIGHT)  # filled there: a GPU waits for what is sent to it
     return F.binary_cross_entropy_with_logits(logits, hr_edges, pos_weight=weight)
 
 
@@ -181,9 +181,13 @@ class PerceptualLoss(nn.Module):
 class L2Pool(nn.Module):
     """The root of the blurred square, at half the size (Ding et al., DISTS, arXiv 2004.07728)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        line = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("kernel", line[:, None] * line)
+
     def forward(self, x: Tensor) -> Tensor:
-        line = x.new_tensor([0.25, 0.5, 0.25])
-        kernel = (line[:, None] * line).expand(x.shape[1], 1, 3, 3)
+        kernel = self.kernel.expand(x.shape[1], 1, 3, 3)
         blurred = F.conv2d(x * x, kernel, stride=2, padding=1, groups=x.shape[1])
         return (blurred + 1e-6).sqrt()
 

@@ -555,6 +555,19 @@ def test_changed_settings_publish_nothing_worse(given, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", STAGES)
+def test_a_step_never_waits_for_the_gpu(sliced, given, monkeypatch, kind):
+    """As it would to send numbers there, or to fetch some."""
+    stage = kind(kind.recipe, given(kind), CPU)
+    batch = {key: CPU.send(value) for key, value in batch_of(sliced).items()}
+    for name in ("new_tensor", "item", "tolist", "cpu", "numpy", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, never)
+    monkeypatch.setattr(torch, "tensor", never)
+    losses, _ = stage.loss_terms(batch)
+    for terms in losses.values():
+        sum(terms.values()).backward()
+
+
+@pytest.mark.parametrize("kind", STAGES)
 def test_killed_and_resumed_training_ends_as_if_left_alone(
     folder, given, monkeypatch, tmp_path, kind
 ):
