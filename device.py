@@ -20,7 +20,7 @@ import console
 from console import NotFiniteError, UserError
 
 WAIT_FOR_OTHERS = timedelta(days=1)  # when testing, processes have unequal shares
-LEAVING_SECONDS = 60
+LEAVING_SECONDS = 60  # for the process group to shut down
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CGROUPS = [(Path("/sys/fs/cgroup"), "memory.max", "memory.current")]
 CGROUPS += [(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes")]
@@ -67,11 +67,9 @@ class Device:
         return network.to(self.torch_device, memory_format=self.layout)
 
     def send(self, tensor: Tensor) -> Tensor:
-        """Copies a tensor to the device, to CUDA without waiting; uint8 becomes float32 in [0, 1].
-
-        MPS would read the memory of tensors that are gone by then.
-        """
-        tensor = tensor.to(self.torch_device, non_blocking=self.torch_device.type == "cuda")
+        """Copies a tensor to the device; uint8 becomes float32 in [0, 1]."""
+        asynchronous = self.torch_device.type == "cuda"  # MPS would read memory freed meanwhile
+        tensor = tensor.to(self.torch_device, non_blocking=asynchronous)
         if tensor.dtype == torch.uint8:
             tensor = tensor / 255
         return tensor.contiguous(memory_format=self.layout) if tensor.ndim == 4 else tensor
@@ -192,7 +190,7 @@ def cuda_obstacle() -> str | None:
     """Returns why CUDA cannot be used here, or None if this process's GPU works."""
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU"
-    # Else the processes without a GPU would wait for the others on the CPU, and those on the GPUs.
+    # With a GPU for only some of them, the processes would wait for each other on both devices.
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
         return "there are fewer GPUs than processes"
     try:

@@ -31,7 +31,7 @@ def edge_cross_entropy(logits: Tensor, hr_edges: Tensor) -> Tensor:
         logits: of the predicted edges, (N, 1, H, W).
         hr_edges: ground truth, (N, 1, H, W) in {0, 1}.
     """
-    weight = logits.new_full((), EDGE_WEIGHT)  # filled there: a GPU waits for what is sent to it
+    weight = logits.new_full((), EDGE_WEIGHT)  # `new_tensor` would synchronise with the GPU
     return F.binary_cross_entropy_with_logits(logits, hr_edges, pos_weight=weight)
 
 

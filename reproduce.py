@@ -75,7 +75,7 @@ def run() -> None:
         training.fit(stages.STAGES[name], given, device)
         plan[name] = DONE
         device.from_first(save_plan, plan_path, plan)
-    device.from_first(print_table, options)  # the others wait
+    device.from_first(print_table, options)
 
 
 def stage_options(name: str, options: Namespace, device: Device) -> tuple[Namespace, list]:
@@ -109,13 +109,13 @@ def count_steps(name: str, given: Namespace, device: Device, seconds: float) -> 
 
 
 def print_table(options: Namespace) -> None:
-    """Prints the table of `ablation.py`, where there are images for it."""
+    """Prints the table of `ablation.py` if there are test images."""
     if (options.root / tiles.TEST / tiles.HR).is_dir():
         ablation.main(["--root", str(options.root), "--ckpts", str(options.ckpts)])
 
 
 def load_plan(path: Path) -> dict[str, int | str]:
-    """Returns what `save_plan` wrote, {} if it did not."""
+    """Returns what `save_plan` wrote, or {}."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 

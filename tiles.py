@@ -49,7 +49,7 @@ def windows(
 
     Args:
         area: of the image; the cores cover it.
-        size: largest side of a core inside the image; at the border, the halo is added to it.
+        size: largest side of a core, plus the halo on sides where the image ends.
         halo: pixels around a core, as far as an image of `shape` extends.
     """
     outer = grow(area, halo, shape)
@@ -63,7 +63,7 @@ def _windows_along(
 ) -> Iterator[tuple[slice, slice]]:
     """Yields (core, seen) along one side; neighbours meet in the middle of their overlap.
 
-    `outer` is divided, not `side`: the first and the last window have no halo beyond it.
+    It is `outer` that is divided into windows, as nothing is computed beyond it.
     """
     length = outer.stop - outer.start
     count = max(1, -(-(length - 2 * halo) // size))

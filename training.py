@@ -295,8 +295,8 @@ def validate(stage: Stage, network: nn.Module, held_out: Pairs) -> Metrics:
 def validate_published(stage: Stage, options: Namespace, held_out: Pairs) -> Metrics:
     """Returns the metrics of the published weights, which a training may replace, or {}."""
     path = files.weight_path(options.ckpts, stage.publishes)
-    # {} if they are missing, of another network, or give NaN. SystemExit is raised in the other
-    # processes if the first one cannot read them.
+    # {} if they are missing, of another network, or give NaN. `stage.load` raises UserError in the
+    # first process then, and SystemExit in the others.
     with contextlib.suppress(UserError, SystemExit):
         return validate(stage, stage.load(path, type(stage.generator)), held_out)
     return {}
