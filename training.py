@@ -113,7 +113,8 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
     saved = time.monotonic()
     consistent = True  # False amid the updates of a step
     log = Log(stage, folder, settings, done)
-    with interruptible(notice=device.rank == 0) as interrupted, log:
+    stopping = interruptible(notice=device.rank == 0)
+    with contextlib.closing(batches), stopping as interrupted, log:
         try:
             while True:
                 # Save, before anything else can fail; validate
@@ -252,11 +253,13 @@ def collate(items: list[dict | Exception]) -> Batch | Exception:
 
 
 def prepare_worker(_: int) -> None:
-    """Makes a data-loading process ignore Ctrl-C, and silences it.
+    """Makes a data-loading process ignore Ctrl-C and SIGTERM, and silences it.
 
-    It would print only multiprocessing's own tracebacks: errors in tiles are returned as items.
+    Batch systems send SIGTERM to all processes; it is the training process that decides what to do.
+    What is silenced is multiprocessing's own tracebacks: errors in tiles are returned as items.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -674,6 +675,20 @@ def test_ctrl_c_with_processes_that_load_data(folder, given, tmp_path):
     statuses, printed = process.wait()
     assert statuses == [130] and "Traceback" not in printed
     assert f"saved at step {step(folder, SRResNetModel)}" in printed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to ignore")
+def test_sigterm_to_all_processes_as_batch_systems_send_it(folder, given, monkeypatch, capfd):
+    def interrupt():
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+            process.join(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_at(monkeypatch, SRResNetModel, 3, interrupt)
+    with pytest.raises(SystemExit) as ended:
+        fit(SRResNetModel, given(SRResNetModel, steps=100, workers=1))
+    assert ended.value.code == 130 and "saved at step 4" in capfd.readouterr().err
 
 
 def test_resuming_what_is_not_there_starts_from_scratch_and_says_so(folder, given, capsys):
