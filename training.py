@@ -43,6 +43,7 @@ LOG_EVERY = 20  # steps
 CHECKPOINT_SECONDS = 600  # at most between two saves, if steps are slow
 SAMPLE_SIDE, SAMPLES = 48, 4  # side in LR pixels, and number, of the held-out crops to log
 NAMED = 5  # how many too-small images the message lists
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
 STOPPING = b"\nStopping after this step or validation; interrupt again to stop at once\n"
 
 
@@ -253,16 +254,13 @@ def collate(items: list[dict | Exception]) -> Batch | Exception:
 
 
 def prepare_worker(_: int) -> None:
-    """Makes a data-loading process ignore Ctrl-C and SIGTERM, and silences it.
+    """Leaves Ctrl-C and the like, which reach all processes, to the training process.
 
-    Batch systems send SIGTERM to all processes; it is the training process that decides what to do.
-    What is silenced is multiprocessing's own tracebacks: errors in tiles are returned as items.
+    Silences multiprocessing's own tracebacks, too: errors in tiles are returned as items.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
 
 
 # Weights --------------------------------------------------------------------------------------
@@ -447,8 +445,7 @@ def interruptible(notice: bool) -> Iterator[list[int]]:
                 os.write(2, STOPPING)
 
     with contextlib.ExitStack() as stack:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows lacks the last
-            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                stack.callback(signal.signal, number, signal.signal(number, note))  # unless nohup's
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as with nohup
+                stack.callback(signal.signal, number, signal.signal(number, note))
         yield received
