@@ -174,7 +174,7 @@ def fit(stage_class: type[Stage], options: Namespace, device: Device) -> float:
 
                 # Log
                 log.bar.update()
-                if done.step % LOG_EVERY == 0:
+                if done.step % LOG_EVERY == 0 or done.step == recipe.steps:
                     log.flush(rate)
                 if device.any_process(time.monotonic() - saved > CHECKPOINT_SECONDS):
                     device.from_first(save)
